@@ -1,0 +1,137 @@
+"""What a run tells: progress, log lines, trackers, image grids. None of it touches the run's randomness."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from .files import write_text
+from .images import image_grid, to_pil
+from .sample import sample_latents
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+LOG_FILE = "log.jsonl"
+
+
+class Callback:
+    """Called on the main process only."""
+
+    def on_start(self, trainer: Trainer) -> None: ...
+
+    def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None: ...
+
+    def on_end(self, trainer: Trainer) -> None: ...
+
+
+class Progress(Callback):
+    """A progress bar on a terminal, a log line a period elsewhere; ``log.jsonl`` in the run folder either way."""
+
+    def __init__(self, log_every: int):
+        self.log_every = log_every
+        self.bar: tqdm | None = None
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.log = trainer.run_dir / LOG_FILE
+        rewind_log(self.log, trainer.iteration)
+        self.started, self.first = time.monotonic(), trainer.iteration
+        if sys.stderr.isatty():
+            total = trainer.config.training.iterations
+            self.bar = tqdm(total=total, initial=trainer.iteration, unit="it", dynamic_ncols=True)
+
+    def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if self.bar is not None:
+            self.bar.update()
+        if trainer.iteration % self.log_every and trainer.iteration != trainer.config.training.iterations:
+            return
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        elapsed = time.monotonic() - self.started
+        rate = (trainer.iteration - self.first) / elapsed
+        images_per_second = rate * trainer.config.training.batch_size
+        entry = {"iteration": trainer.iteration, "images": trainer.images_seen, "losses": means}
+        append_log(self.log, entry | {"images_per_second": images_per_second})
+        trainer.accelerator.log(means | {"images_per_second": images_per_second}, step=trainer.iteration)
+        text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text} {images_per_second:.1f} img/s")
+        else:
+            left = (trainer.config.training.iterations - trainer.iteration) / rate
+            print(
+                f"iteration {trainer.iteration}/{trainer.config.training.iterations}  {text}  "
+                f"{images_per_second:.1f} img/s  {_duration(left)} left",
+                flush=True,
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Grids(Callback):
+    """Pictures of the averaged generator for the same prompts and noise, every ``every`` iterations."""
+
+    PICTURES = 32
+    COLUMNS = 8
+
+    def __init__(self, every: int, seed: int = 0):
+        self.every, self.seed = every, seed
+
+    def on_start(self, trainer: Trainer) -> None:
+        # Evenly spread over the run's own prompts.
+        rows = torch.linspace(0, len(trainer.prompts.prompts) - 1, self.PICTURES).long()
+        self.cond = trainer.prompts.cond[rows.to(trainer.accelerator.device)]
+
+    def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        if trainer.iteration % self.every:
+            return
+        latents = sample_latents(
+            trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.seed
+        )
+        grid = image_grid(trainer.bundle.codec.decode(latents.cpu()), columns=self.COLUMNS)
+        path = trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        to_pil(grid).resize((grid.shape[2] * 3, grid.shape[1] * 3), Image.Resampling.NEAREST).save(path)
+        log_image(trainer.accelerator, "samples", grid, trainer.iteration)
+
+
+def log_image(accelerator: Accelerator, name: str, image: torch.Tensor, step: int) -> None:
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({name: ((image[None] + 1) / 2).clamp(0, 1).numpy()}, step=step, dataformats="NCHW")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log with one JSON object a line, oldest first; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append_log(path: Path, entry: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def rewind_log(path: Path, iteration: int) -> None:
+    """Drops the entries after ``iteration``: a run that is continued repeats what came after its last checkpoint."""
+    kept = [entry for entry in read_log(path) if entry["iteration"] <= iteration]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

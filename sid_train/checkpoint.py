@@ -1,0 +1,75 @@
+"""The resumable state of a run: one safetensors file, replaced as a whole. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .files import replacing
+
+Counters = dict[str, int]
+FORMAT_VERSION = "1"
+
+
+def save_checkpoint(
+    path: Path,
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    generator_states: dict[str, list[Tensor]],
+    counters: Counters,
+) -> None:
+    """Writes all of it to ``path``. ``generator_states`` has one state a rank."""
+    tensors: dict[str, Tensor] = {}
+    for name, network in networks.items():
+        tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{index}.{k}": v for k, v in state.items()}
+    for name, states in generator_states.items():
+        tensors |= {f"{name}.{rank}": state for rank, state in enumerate(states)}
+    # Clones, since safetensors refuses tensors that share memory.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format_version": FORMAT_VERSION, "counters": json.dumps(counters)})
+
+
+def load_checkpoint(
+    path: Path,
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    generators: dict[str, torch.Generator],
+    rank: int = 0,
+) -> Counters:
+    """Puts a checkpoint's state into networks, optimizers and generators; returns the counters."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {metadata.get('format_version')}"
+            )
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    for name, network in networks.items():
+        network.load_state_dict(under(f"{name}."))
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in under(f"{name}.").items():
+            index, _, field = key.partition(".")
+            state.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, generator in generators.items():
+        states = under(f"{name}.")
+        if str(rank) not in states:
+            raise ValueError(
+                f"{path}: was written by {len(states)} process(es) and cannot continue on more: start as many as before"
+            )
+        generator.set_state(states[str(rank)])
+    return json.loads(metadata["counters"])

@@ -1,0 +1,157 @@
+"""``python -m sid_train``: the commands. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import Interrupted, NonFiniteError
+
+USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from .demo.run import demo_folder, run_demo
+
+    out = args.out or demo_folder(args.steps, args.guidance, args.seed, args.minutes)
+    run_demo(out, args.steps, args.guidance, args.seed, args.minutes, args.full)
+
+
+def distill(args: argparse.Namespace) -> None:
+    from .callbacks import Grids
+    from .config import load_config
+    from .export import export_generator
+    from .trainer import Trainer
+
+    config = load_config(args.config, args.set)
+    print(config.to_toml(), flush=True)
+    every = config.training.grid_every
+    trainer = Trainer(config, args.out, [Grids(every)] if every else [])
+    trainer.run()
+    if trainer.accelerator.is_main_process:
+        file = args.out / "generator.safetensors"
+        export_generator(file, trainer.ema.average, trainer.bundle, trainer.recipe())
+        print(f"Exported {file}. Sample it: python -m sid_train sample {file} --prompt ...")
+
+
+def sample(args: argparse.Namespace) -> None:
+    from .files import replacing
+    from .images import image_grid, to_pil
+    from .models.bundle import load_generator
+    from .sample import sample_images
+
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out: expected a name that ends in .png, got {str(args.out)!r}")
+    if not 1 <= args.count <= 256:
+        raise ValueError(f"--count: expected 1 to 256, got {args.count}")
+    bundle, recipe = load_generator(args.model)
+    timesteps = recipe.timesteps_for(args.steps)
+    if len(timesteps) != recipe.steps:
+        print(f"warning: {args.model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
+    images = sample_images(bundle, recipe, prompts, args.seed, args.steps)
+    with replacing(args.out) as temporary:
+        to_pil(image_grid(images, columns=args.count)).save(temporary, format="PNG")
+    print(f"{args.out}: {len(images)} picture(s), timesteps {' '.join(map(str, timesteps))}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from .core.recipe import read_recipe
+
+    recipe = read_recipe(args.file)
+    print(json.dumps(recipe.to_dict(), indent=2) if args.json else recipe.describe())
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from .demo.report import format_table
+    from .demo.run import evaluate_generator
+
+    metrics = evaluate_generator(args.model)
+    print(json.dumps(metrics, indent=2) if args.json else format_table(metrics))
+
+
+def export(args: argparse.Namespace) -> None:
+    from .export import export_generator
+    from .trainer import load_run_generator
+
+    bundle, recipe = load_run_generator(args.run)
+    export_generator(args.out, bundle.denoiser, bundle, recipe, args.dtype)
+    print(f"{args.out}\n{recipe.describe()}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m sid_train", description="Few-step distillation by Score identity Distillation.")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    def command(function, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(demo, "distil the embedded teacher, measure it and write a report, in minutes on a CPU")
+    sub.add_argument("--out", type=Path, help="folder (default: one under sid-demo/ named by the other options)")
+    sub.add_argument("--steps", type=int, default=4, help="network calls of the generator, 1 to 8 (default: 4)")
+    sub.add_argument("--guidance", help="none, lsg=1.2, zero-cfg, anti-cfg=-1 or custom=A,B,C (default: the recipe's)")
+    sub.add_argument("--seed", type=int, default=0, help="of the distillation (default: 0)")
+    sub.add_argument("--minutes", type=float, help="train as long as fits into this many minutes in all")
+    sub.add_argument("--full", action="store_true", help="compute the teacher's and the real rows anew (10 minutes)")
+
+    sub = command(distill, "distil a teacher with a recipe; the same command continues an interrupted run")
+    sub.add_argument(
+        "--config", required=True, help="a TOML file, or the name of a recipe that ships (demo, demo-1step)"
+    )
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    sub.add_argument("--out", type=Path, required=True, help="the run's folder")
+
+    sub = command(sample, "make pictures with a distilled generator")
+    sub.add_argument("model", help="a safetensors file that carries a recipe")
+    sub.add_argument("--prompt", action="append", required=True, help="may be given more than once: a row each")
+    sub.add_argument("--count", type=int, default=8, help="pictures a prompt (default: 8)")
+    sub.add_argument("--steps", type=int, help="default: the recipe's")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, default=Path("sample.png"), help="default: sample.png")
+
+    sub = command(inspect, "show the recipe inside a checkpoint")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(evaluate, "measure a generator of the demo's architecture")
+    sub.add_argument("model", help="a safetensors file that carries a recipe")
+    sub.add_argument("--json", action="store_true")
+
+    sub = command(export, "write the generator of a run as a safetensors file with its recipe")
+    sub.add_argument("run", type=Path, help="the run's folder")
+    sub.add_argument("-o", "--out", type=Path, required=True)
+    sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. 0 is success, 1 a failed run, 2 a user's mistake, 130 an interrupted and saved run."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.function(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Interrupted as error:
+        print(f"{error}. The same command continues it.", file=sys.stderr)
+        return INTERRUPTED
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return 0

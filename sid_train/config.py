@@ -1,0 +1,251 @@
+"""One configuration: dataclasses, filled by a TOML recipe and ``--set section.key=value`` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .distiller import GANConfig, MethodConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class ModelConfig:
+    """The networks' initial weights."""
+
+    teacher: str = "demo"
+    """The model to distil: 'demo', the embedded teacher."""
+    init_generator: str = ""
+    """A SiD generator of the same architecture to start from (SiD2a); empty: start from the teacher."""
+
+
+@dataclass
+class DataConfig:
+    """What the generator is asked for, and real examples if there are any."""
+
+    prompts: str = "demo"
+    """A text file with one prompt a line, or 'demo'."""
+    pairs: str = ""
+    """Real image-text pairs for the GAN branch: 'demo', or empty for data-free distillation."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam for both networks and the generator's running average."""
+
+    generator_lr: float = 1e-6
+    """Learning rate of the generator."""
+    fake_score_lr: float = 1e-6
+    """Learning rate of the fake score."""
+    beta1: float = 0.0
+    """Adam's first decay; 0 in the SiD family."""
+    beta2: float = 0.999
+    """Adam's second decay."""
+    eps: float = 1e-8
+    """Adam's epsilon; 1e-4 in pure bf16 (SiD-DiT)."""
+    clip_norm: float = 0.0
+    """Largest norm of a network's gradient; 0 does not clip."""
+    warmup: int = 0
+    """Iterations over which both learning rates rise from 0."""
+    cooldown: float = 0.0
+    """Share of the iterations, at the end, over which both learning rates fall linearly to 0."""
+    ema_halflife_images: float = 50_000
+    """Half-life of the generator's running average, in images."""
+    ema_rampup: float = 0.05
+    """The half-life is at most this share of the images seen."""
+
+    def __post_init__(self) -> None:
+        for name in ("generator_lr", "fake_score_lr", "eps", "ema_halflife_images", "ema_rampup"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "cooldown"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}: expected 0 to 1, got {getattr(self, name)}")
+        for name in ("clip_norm", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    iterations: int = 1000
+    """Generator updates."""
+    batch_size: int = 32
+    """Images an update, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that an update is split into, to save memory."""
+    fake_score_updates: int = 1
+    """Updates of the fake score for each of the generator."""
+    generator_start_images: int = 0
+    """The fake score (and discriminator) learns alone for this many images first."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """no: fp32; bf16: autocast. fp16 is not offered: the method diverges in it."""
+    seed: int = 0
+    """Of everything random."""
+    log_every: int = 20
+    """Iterations between log lines."""
+    grid_every: int = 0
+    """Iterations between image grids; 0 makes none."""
+    checkpoint_every: int = 200
+    """Iterations between checkpoints."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where losses and grids are logged besides the run folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "accumulate", "fake_score_updates", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in ("generator_start_images", "seed", "grid_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"training.accumulate: expected a divisor of training.batch_size ({self.batch_size}), "
+                f"got {self.accumulate}"
+            )
+
+
+# A run may be resumed with other values of these: they change what is reported, never what is computed.
+REPORTING_KEYS = {"training.log_every", "training.grid_every", "training.checkpoint_every", "training.tracker"}
+
+
+@dataclass
+class Config:
+    """Everything about a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.gan.enabled and not self.data.pairs:
+            raise ValueError(
+                "gan.generator_weight: the GAN branch needs real pairs: set data.pairs, or the weight to 0"
+            )
+        if self.data.pairs and not self.gan.enabled:
+            raise ValueError("data.pairs: unused while gan.generator_weight is 0: set that weight, or drop the pairs")
+        changed = [f.name for f in dataclasses.fields(GANConfig) if getattr(self.gan, f.name) != f.default]
+        if changed and not self.gan.enabled:
+            raise ValueError(f"gan.{changed[0]}: unused while gan.generator_weight is 0")
+        if self.method.matching == "final" and self.method.steps == 1:
+            raise ValueError("method.matching: 'final' is the same as 'uniform' at one step: use uniform")
+
+    def flat(self) -> dict[str, Any]:
+        """``{"section.key": value}``, in order."""
+        return {
+            f"{section.name}.{f.name}": getattr(getattr(self, section.name), f.name)
+            for section in dataclasses.fields(self)
+            for f in dataclasses.fields(getattr(self, section.name))
+        }
+
+    def to_toml(self) -> str:
+        lines = []
+        for section in dataclasses.fields(self):
+            lines.append(f"[{section.name}]")
+            values = dataclasses.asdict(getattr(self, section.name))
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file; ValueError names the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def load_config(name: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The configuration of a TOML file or of a recipe that ships, with ``section.key=value`` overrides on top."""
+    values: dict[str, dict[str, Any]] = {}
+    source = "--set"
+    if name is not None:
+        path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+        if not path.is_file():
+            shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+            raise ValueError(f"--config: expected a .toml file or one of {shipped}; no such file: {name!r}")
+        values, source = read_toml(path), str(path)
+    config = config_from_dict(values, source)
+    if not overrides:
+        return config
+    flat = config.flat()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected section.key=value, got {text!r}")
+        section, _, name_ = key.partition(".")
+        check_key(key, flat, "--set")
+        values.setdefault(section, {})[name_] = _parse_value(value, isinstance(flat[key], str))
+    return config_from_dict(values, "--set" if name is None else f"{source} with --set")
+
+
+def _parse_value(text: str, is_text: bool) -> Any:
+    if is_text:
+        return text
+    try:
+        return json.loads(text.replace("_", ""))
+    except ValueError:
+        return text
+
+
+def check_key(key: str, known: dict[str, Any], source: str) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+        raise ValueError(f"{source}: unknown key {key!r}{hint}")
+
+
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
+def config_from_dict(values: dict[str, dict[str, Any]], source: str) -> Config:
+    """A Config from nested tables, every key and type checked; ValueError names ``source``."""
+    known = Config().flat()
+    types = get_type_hints(Config)
+    sections = {}
+    for section, table in values.items():
+        if section not in types or not isinstance(table, dict):
+            raise ValueError(f"{source}: unknown section [{section}]; expected {', '.join(types)}")
+        hints = get_type_hints(types[section])
+        for key, value in table.items():
+            check_key(f"{section}.{key}", known, source)
+            table[key] = _checked(value, hints[key], f"{source}: {section}.{key}")
+        try:
+            sections[section] = types[section](**table)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    try:
+        return Config(**sections)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{where}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+        raise ValueError(f"{where}: expected {names[kind]}, got {value!r}")
+    return value

@@ -1,0 +1,95 @@
+"""The discrete variance-preserving schedule of SDXL, seen through sigmas.
+
+Everything outside the network works in the variance-exploding convention ``x = x0 + sigma * eps`` with
+``sigma_t = sqrt((1 - abar_t) / abar_t)``; only the network's input is scaled back, by ``c_in``. All arithmetic here is
+fp32 whatever the network's dtype (tables are computed in fp64).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+# What ComfyUI puts at the last step of a zero-terminal-SNR schedule, where the true value, 0, has no finite sigma.
+ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08
+
+
+def scaled_linear_alphas_cumprod(
+    beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, zero_terminal_snr: bool = False
+) -> Tensor:
+    """Cumulative products ``abar_t`` of the scaled-linear schedule (SDXL's values by default): fp64, [steps].
+
+    ``zero_terminal_snr`` rescales them by algorithm 1 of arXiv 2305.08891, with a last value that is tiny, not 0.
+    """
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    if zero_terminal_snr:
+        root = alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas_cumprod = root**2
+        alphas_cumprod[-1] = ZERO_SNR_ALPHA_CUMPROD
+    return alphas_cumprod
+
+
+class NoiseSchedule:
+    """Maps integer timesteps to sigmas and back. ``sigmas`` is fp32, ascending, [steps]."""
+
+    def __init__(self, alphas_cumprod: Tensor):
+        alphas_cumprod = alphas_cumprod.double()
+        self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
+        self.log_sigmas = self.sigmas.log()
+
+    @classmethod
+    def sdxl(cls, zero_terminal_snr: bool = False) -> NoiseSchedule:
+        return cls(scaled_linear_alphas_cumprod(zero_terminal_snr=zero_terminal_snr))
+
+    def __len__(self) -> int:
+        return len(self.sigmas)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Sigmas (fp32, same shape and device) of integer timesteps in [0, steps)."""
+        return self.sigmas.to(timestep.device)[timestep.long()]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Timesteps (fp32, same shape) of sigmas: linear in log sigma between two entries of the table.
+
+        A sigma that came out of the table gives back its integer exactly: the network was trained on integers.
+        """
+        table = self.log_sigmas.to(sigma.device)
+        log_sigma = sigma.float().log().clamp(table[0], table[-1])
+        high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
+        low = high - 1
+        timestep = low + (log_sigma - table[low]) / (table[high] - table[low])
+        nearest = timestep.round()
+        return torch.where((timestep - nearest).abs() < 1e-3, nearest, timestep)
+
+
+def expand(sigma: Tensor, x: Tensor) -> Tensor:
+    """Per-sample values [B] (or a scalar) as fp32, shaped to multiply ``x`` [B, ...]."""
+    return sigma.float().reshape(-1, *[1] * (x.ndim - 1))
+
+
+def input_scale(sigma: Tensor, x: Tensor) -> Tensor:
+    """``c_in = 1 / sqrt(1 + sigma^2)``: brings ``x`` [B, ...] at sigma [B] to the network's unit variance."""
+    return (1 + expand(sigma, x) ** 2).rsqrt()
+
+
+def prediction_to_x0(prediction: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
+    """What the network said (eps or v) about ``x`` [B, ...] at sigma [B], as x0 in fp32."""
+    s = expand(sigma, x)
+    x, prediction = x.float(), prediction.float()
+    if prediction_type == "epsilon":
+        return x - s * prediction
+    if prediction_type == "v_prediction":
+        return x / (1 + s**2) - prediction * s * (1 + s**2).rsqrt()
+    raise ValueError(f"prediction type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+
+
+def x0_to_epsilon(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that ``x = x0 + sigma * eps`` implies: fp32, [B, ...]."""
+    return (x.float() - x0.float()) / expand(sigma, x)

@@ -1,0 +1,322 @@
+"""``SiDRecipe``: what a distilled checkpoint has to say about itself, as flat strings in its safetensors header.
+
+Facts about training and instructions for sampling are kept apart: the guidance that a generator was distilled under
+never changes how it is sampled; only ``sid.sampling.*`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .noise_schedule import PREDICTION_TYPES, PredictionType
+from .sampling import DEFAULT_T_INIT, NOISE_MODES, NoiseMode, check_timesteps, timestep_ladder
+
+FORMAT_VERSION = 1
+Unconditional = Literal["empty", "zeros"]
+UNCONDITIONALS: tuple[str, ...] = get_args(Unconditional)
+SamplingGuidance = Literal["none", "cfg", "cfg first step only", "nag"]
+SAMPLING_GUIDANCES: tuple[str, ...] = get_args(SamplingGuidance)
+
+# What generic tools (model managers, web UIs) call an SDXL base model.
+SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
+SAI_MODEL_SPEC = "1.0.0"
+
+
+class RecipeError(ValueError):
+    """A recipe that is missing, malformed, contradictory or newer than this code; names the file and the key."""
+
+
+@dataclass(frozen=True)
+class TrainingGuidance:
+    """The guidance strategy of the distillation: a training fact, never an instruction for sampling."""
+
+    strategy: str = "none"
+    fake_train: float = 1.0
+    fake_eval: float = 1.0
+    teacher: float = 1.0
+
+
+@dataclass(frozen=True)
+class SiDRecipe:
+    """How a few-step generator was made and how to sample it.
+
+    timesteps: the integers it was trained on, descending; ``t_init`` is their first, and if the rest is not the ladder
+        of ``t_init`` that is an error unless ``ladder`` is ``explicit``
+    ladder: ``sid`` (t_init * (K - k) // K) or ``explicit`` (any other timesteps: LCM, DMD2 and their like)
+    training_resolution: height and width in pixels
+    base_model_hash: SHA-256 of the teacher's file, hex, or "" when unknown
+    sampling_guidance, sampling_cfg: how to sample it; ``none`` and 1.0 for every SiD generator
+    training_summary: free facts as strings (images seen, learning rates, date ...)
+    """
+
+    base_model: str = "SDXL 1.0"
+    architecture: str = SDXL_ARCHITECTURE
+    prediction_type: PredictionType = "epsilon"
+    zero_terminal_snr: bool = False
+    timesteps: tuple[int, ...] = tuple(timestep_ladder(4))
+    t_init: int = DEFAULT_T_INIT
+    ladder: Literal["sid", "explicit"] = "sid"
+    noise_mode: NoiseMode = "fresh"
+    training_resolution: tuple[int, int] = (1024, 1024)
+    base_model_hash: str = ""
+    licence: str = ""
+    title: str = ""
+    unconditional: Unconditional = "empty"
+    guidance: TrainingGuidance = field(default_factory=TrainingGuidance)
+    sampling_guidance: SamplingGuidance = "none"
+    sampling_cfg: float = 1.0
+    training_summary: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+            if value not in allowed:
+                raise RecipeError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}")
+
+        one_of("sid.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        one_of("sid.noise_mode", self.noise_mode, NOISE_MODES)
+        one_of("sid.unconditional", self.unconditional, UNCONDITIONALS)
+        one_of("sid.sampling.guidance", self.sampling_guidance, SAMPLING_GUIDANCES)
+        one_of("sid.ladder", self.ladder, ("sid", "explicit"))
+        steps = self.timesteps
+        try:
+            check_timesteps(steps)
+        except ValueError as error:
+            raise RecipeError(f"sid.{error}") from None
+        if steps[0] != self.t_init:
+            raise RecipeError(f"sid.t_init: expected {steps[0]}, the first of sid.timesteps, got {self.t_init}")
+        if self.ladder == "sid" and list(steps) != timestep_ladder(len(steps), self.t_init):
+            raise RecipeError(
+                f"sid.timesteps: {list(steps)} disagree with t_init {self.t_init}, whose ladder of {len(steps)} steps "
+                f"is {timestep_ladder(len(steps), self.t_init)}"
+            )
+        if min(self.training_resolution) <= 0:
+            raise RecipeError(f"sid.training_resolution: expected two sizes above 0, got {self.training_resolution}")
+        if not self.sampling_cfg >= 0:
+            raise RecipeError(f"sid.sampling.cfg: expected 0 or more, got {self.sampling_cfg}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    def timesteps_for(self, steps: int | None = None) -> list[int]:
+        """The trained timesteps, or for another number of steps the SiD ladder from the same ``t_init``."""
+        return list(self.timesteps) if steps in (None, self.steps) else timestep_ladder(steps, self.t_init)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def to_metadata(self) -> dict[str, str]:
+        """Flat string metadata for a safetensors header: ``sid.*`` and the ``modelspec.*`` that other tools read."""
+        height, width = self.training_resolution
+        return {
+            "sid.format_version": str(FORMAT_VERSION),
+            "sid.base_model": self.base_model,
+            "sid.base_model_hash": self.base_model_hash,
+            "sid.prediction_type": self.prediction_type,
+            "sid.zero_terminal_snr": _from_bool(self.zero_terminal_snr),
+            "sid.steps": str(self.steps),
+            "sid.t_init": str(self.t_init),
+            "sid.ladder": self.ladder,
+            "sid.timesteps": ",".join(map(str, self.timesteps)),
+            "sid.noise_mode": self.noise_mode,
+            "sid.training_resolution": f"{height}x{width}",
+            "sid.licence": self.licence,
+            "sid.unconditional": self.unconditional,
+            "sid.guidance.strategy": self.guidance.strategy,
+            "sid.guidance.fake_train": repr(float(self.guidance.fake_train)),
+            "sid.guidance.fake_eval": repr(float(self.guidance.fake_eval)),
+            "sid.guidance.teacher": repr(float(self.guidance.teacher)),
+            "sid.training_summary": json.dumps(dict(self.training_summary), sort_keys=True),
+            "sid.sampling.guidance": self.sampling_guidance,
+            "sid.sampling.cfg": repr(float(self.sampling_cfg)),
+            "modelspec.sai_model_spec": SAI_MODEL_SPEC,
+            "modelspec.architecture": self.architecture,
+            "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else "sid_train",
+            "modelspec.title": self.title or f"{self.base_model} SiD {self.steps}-step",
+            "modelspec.resolution": f"{width}x{height}",
+            "modelspec.predict_key": "v" if self.prediction_type == "v_prediction" else "epsilon",
+            "modelspec.license": self.licence,
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None, source: str | Path) -> SiDRecipe:
+        """Reads what ``to_metadata`` wrote. ``source`` names the file in errors (RecipeError)."""
+        reader = _Reader(metadata or {}, str(source))
+        version = reader.number("sid.format_version", int)
+        if version > FORMAT_VERSION:
+            raise reader.error(
+                "sid.format_version", f"expected at most {FORMAT_VERSION}, got {version}: update ComfyUI-SiD"
+            )
+        timesteps = reader.numbers("sid.timesteps", ",", int)
+        steps = reader.number("sid.steps", int)
+        if steps != len(timesteps):
+            raise reader.error("sid.steps", f"expected {len(timesteps)}, the number of sid.timesteps, got {steps}")
+        resolution = reader.numbers("sid.training_resolution", "x", int)
+        if len(resolution) != 2:
+            raise reader.error("sid.training_resolution", f"expected HEIGHTxWIDTH, got {resolution}")
+        try:
+            return cls(
+                base_model=reader.text("sid.base_model"),
+                architecture=reader.text("modelspec.architecture"),
+                prediction_type=reader.text("sid.prediction_type"),  # type: ignore[arg-type]  # checked on creation
+                zero_terminal_snr=reader.boolean("sid.zero_terminal_snr"),
+                timesteps=timesteps,
+                t_init=reader.number("sid.t_init", int),
+                ladder=reader.text("sid.ladder"),  # type: ignore[arg-type]
+                noise_mode=reader.text("sid.noise_mode"),  # type: ignore[arg-type]
+                training_resolution=(resolution[0], resolution[1]),
+                base_model_hash=reader.text("sid.base_model_hash"),
+                licence=reader.text("sid.licence"),
+                title=reader.text("modelspec.title"),
+                unconditional=reader.text("sid.unconditional"),  # type: ignore[arg-type]
+                guidance=TrainingGuidance(
+                    strategy=reader.text("sid.guidance.strategy"),
+                    fake_train=reader.number("sid.guidance.fake_train", float),
+                    fake_eval=reader.number("sid.guidance.fake_eval", float),
+                    teacher=reader.number("sid.guidance.teacher", float),
+                ),
+                sampling_guidance=reader.text("sid.sampling.guidance", "none"),  # type: ignore[arg-type]
+                sampling_cfg=reader.number("sid.sampling.cfg", float, "1.0"),
+                training_summary=reader.mapping("sid.training_summary"),
+            )
+        except RecipeError as error:
+            message = str(error)
+            raise RecipeError(message if message.startswith(reader.source) else f"{source}: {message}") from None
+
+    def describe(self) -> str:
+        """The recipe for people: a line a fact."""
+        rows: list[tuple[str, Any]] = [
+            ("title", self.title),
+            ("base model", self.base_model),
+            ("base model hash", self.base_model_hash or "unknown"),
+            ("architecture", self.architecture),
+            ("prediction type", self.prediction_type + (", zero terminal SNR" * self.zero_terminal_snr)),
+            ("steps", self.steps),
+            ("timesteps", " ".join(map(str, self.timesteps)) + f"  (t_init {self.t_init}, {self.ladder} ladder)"),
+            ("noise mode", self.noise_mode),
+            ("training resolution", "x".join(map(str, self.training_resolution))),
+            ("unconditional", self.unconditional),
+            ("licence", self.licence or "not stated"),
+            ("sample with guidance", f"{self.sampling_guidance} (CFG {self.sampling_cfg:g})"),
+            (
+                "trained with guidance",
+                f"{self.guidance.strategy} (teacher {self.guidance.teacher:g}, fake score trained at "
+                f"{self.guidance.fake_train:g} and evaluated at {self.guidance.fake_eval:g})",
+            ),
+            *((f"training: {k}", v) for k, v in sorted(self.training_summary.items())),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["guidance"] = dict(vars(self.guidance))
+        values["training_summary"] = dict(self.training_summary)
+        return values | {"steps": self.steps}
+
+
+def has_recipe(metadata: Mapping[str, str] | None) -> bool:
+    return any(key.startswith("sid.") for key in metadata or {})
+
+
+def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """The ``__metadata__`` of a safetensors file, from its header alone: no tensor is read."""
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > 100_000_000:  # the format's own limit
+                raise ValueError("the header is too large")
+            return dict(json.loads(file.read(size)).get("__metadata__", {}))
+    except (struct.error, ValueError, AttributeError, TypeError) as error:
+        raise RecipeError(f"{path}: expected a safetensors file, but its header cannot be read ({error})") from None
+
+
+def read_recipe(path: str | Path) -> SiDRecipe:
+    """The recipe in a safetensors file; RecipeError where there is none."""
+    return SiDRecipe.from_metadata(read_safetensors_metadata(path), path)
+
+
+def _preset(timesteps: tuple[int, ...], noise_mode: NoiseMode = "fresh", ladder: str = "explicit") -> SiDRecipe:
+    return replace(
+        SiDRecipe(),
+        timesteps=timesteps,
+        t_init=timesteps[0],
+        ladder=ladder,  # type: ignore[arg-type]
+        noise_mode=noise_mode,
+    )
+
+
+# For files that carry no recipe: how the publishers of each kind say that they are to be sampled.
+PRESETS: dict[str, SiDRecipe] = {
+    "SiD 625 (4 steps)": _preset((625, 468, 312, 156), ladder="sid"),
+    "SiD 625 (2 steps)": _preset((625, 312), ladder="sid"),
+    "SiD 625 (1 step)": _preset((625,), ladder="sid"),
+    "SiD 999 (4 steps)": _preset((999, 749, 499, 249), ladder="sid"),
+    "SiD 999 (2 steps)": _preset((999, 499), ladder="sid"),
+    "SiD 999 (1 step)": _preset((999,), ladder="sid"),
+    "DMD2 (4 steps)": _preset((999, 749, 499, 249)),
+    "DMD2 (1 step)": _preset((399,)),
+    "LCM (4 steps)": _preset((999, 759, 499, 259)),
+    "Lightning (8 steps)": _preset((999, 874, 749, 624, 499, 374, 249, 124), "ddim"),
+    "Lightning (4 steps)": _preset((999, 749, 499, 249), "ddim"),
+    "Lightning (2 steps)": _preset((999, 499), "ddim"),
+}
+
+
+def _from_bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+class _Reader:
+    """Typed access to string metadata; errors name the file and the key."""
+
+    def __init__(self, metadata: Mapping[str, str], source: str):
+        self.metadata, self.source = metadata, source
+
+    def error(self, key: str, problem: str) -> RecipeError:
+        return RecipeError(f"{self.source}: {key}: {problem}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.metadata.get(key, default)
+        if value is None:
+            hint = "" if has_recipe(self.metadata) else " (the file carries no SiD recipe: choose a preset for it)"
+            raise self.error(key, f"expected in the file's metadata, but it is missing{hint}")
+        return value
+
+    def number(self, key: str, kind: type, default: str | None = None) -> Any:
+        text = self.text(key, default)
+        try:
+            return kind(text)
+        except ValueError:
+            raise self.error(key, f"expected {_NUMBER_NAMES[kind]}, got {text!r}") from None
+
+    def numbers(self, key: str, separator: str, kind: type) -> tuple[Any, ...]:
+        text = self.text(key)
+        try:
+            return tuple(kind(part) for part in text.split(separator))
+        except ValueError:
+            raise self.error(key, f"expected {_NUMBER_NAMES[kind]}s joined by {separator!r}, got {text!r}") from None
+
+    def boolean(self, key: str) -> bool:
+        text = self.text(key)
+        if text not in ("true", "false"):
+            raise self.error(key, f"expected true or false, got {text!r}")
+        return text == "true"
+
+    def mapping(self, key: str) -> dict[str, str]:
+        text = self.text(key)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise self.error(key, f"expected a JSON object of strings, got {text!r}")
+        return value
+
+
+_NUMBER_NAMES = {int: "an integer", float: "a number"}

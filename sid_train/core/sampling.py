@@ -1,0 +1,148 @@
+"""The few-step generation chain: the one implementation that training, ``sid_train sample`` and ComfyUI share.
+
+"Few-Step Diffusion via Score identity Distillation" (arXiv 2505.12674), section 3: step k noises the last estimate of
+x0 to the k-th timestep of a fixed ladder and lets the generator estimate x0 again, with text but without
+classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .noise_schedule import NoiseSchedule, x0_to_epsilon
+
+NoiseMode = Literal["fresh", "fixed", "ddim"]
+NOISE_MODES: tuple[str, ...] = get_args(NoiseMode)
+MAX_STEPS = 8
+DEFAULT_T_INIT = 625
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, ...], sigma [B]) -> x0 [B, ...]"""
+NextNoise = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(step k >= 1, the last x, its sigma, its x0) -> the noise of step k, shaped like x"""
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+"""(step, x, sigma, x0), after every network call; must not change them"""
+
+
+def timestep_ladder(steps: int, t_init: int = DEFAULT_T_INIT) -> list[int]:
+    """The ``steps`` timesteps ``t_init * (K - k) // K``, k = 0..K-1, in integer arithmetic: descending, all above 0."""
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
+    if not steps <= t_init <= 999:
+        raise ValueError(f"t_init: expected {steps} (the number of steps) to 999, got {t_init}")
+    return [t_init * (steps - k) // steps for k in range(steps)]
+
+
+def ladder_sigmas(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Tensor:
+    """Sigmas of descending timesteps, then 0: fp32, [K + 1], what ComfyUI calls SIGMAS."""
+    check_timesteps(timesteps)
+    return torch.cat([schedule.sigma(torch.tensor(timesteps)), torch.zeros(1)])
+
+
+def check_timesteps(timesteps: Sequence[int]) -> None:
+    """ValueError unless ``timesteps`` are 1 to 8 falling integers between 999 and 0."""
+    falling = all(a > b for a, b in itertools.pairwise([1000, *timesteps, -1]))
+    if not falling or not 1 <= len(timesteps) <= MAX_STEPS:
+        raise ValueError(
+            f"timesteps: expected 1 to {MAX_STEPS} integers that fall, between 999 and 0, got {list(timesteps)}"
+        )
+
+
+def last_timesteps(timesteps: Sequence[int], denoise: float) -> list[int]:
+    """The trained timesteps that an image-to-image pass of strength ``denoise`` in (0, 1] runs.
+
+    All of them at 1, else the last ``max(1, floor(K * denoise + 1/2))``.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise: expected more than 0 and at most 1, got {denoise}")
+    keep = max(1, int(len(timesteps) * denoise + 0.5))
+    return list(timesteps[-keep:])
+
+
+def initial_noise(shape: Sequence[int], seed: int, batch_index: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise of ``shape`` [B, ...] from one CPU generator: fp32, the same on every device.
+
+    These are the numbers of ComfyUI's ``prepare_noise``. With ``batch_index`` image i gets the noise of that place in
+    a larger batch, so that it can be made again alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if batch_index is None:
+        return torch.randn(*shape, generator=generator)
+    if len(batch_index) != shape[0]:
+        raise ValueError(f"batch_index: expected {shape[0]} places, one an image, got {len(batch_index)}")
+    places = [torch.randn(1, *shape[1:], generator=generator) for _ in range(max(batch_index) + 1)]
+    return torch.cat([places[i] for i in batch_index])
+
+
+def seeded_noise(first_noise: Tensor, seed: int) -> Callable[[int], Tensor]:
+    """Fresh noise for step k from a CPU generator for each image, seeded with SHA-256 of the seed, the step and the
+    image's first noise: image i of a batch equals image i alone, on every device.
+
+    All-zero first noise (ComfyUI's DisableNoise) stays zero.
+    """
+    if not first_noise.any():
+        return lambda k: first_noise
+    digests = [
+        hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in first_noise.detach().cpu().float()
+    ]
+
+    def draw(k: int) -> Tensor:
+        images = []
+        for digest in digests:
+            key = hashlib.sha256(f"{seed}:{k}:".encode() + digest).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            images.append(torch.randn(first_noise.shape[1:], generator=generator))
+        return torch.stack(images).to(first_noise.device)
+
+    return draw
+
+
+def noise_sampler(mode: NoiseMode, first_noise: Tensor, draw: Callable[[int], Tensor]) -> NextNoise:
+    """The noise of the steps after the first.
+
+    ``fresh`` takes ``draw(k)`` (``seeded_noise`` for reproducible pictures), ``fixed`` repeats the first noise, and
+    ``ddim`` takes the noise that the last step implies.
+    """
+    if mode == "fresh":
+        return lambda k, x, sigma, x0: draw(k)
+    if mode == "fixed":
+        return lambda k, x, sigma, x0: first_noise
+    if mode == "ddim":
+        return lambda k, x, sigma, x0: x0_to_epsilon(x0, x, sigma)
+    raise ValueError(f"noise mode: expected one of {', '.join(NOISE_MODES)}, got {mode!r}")
+
+
+def few_step_sample(
+    denoise: Denoise,
+    sigmas: Tensor,
+    first_noise: Tensor,
+    next_noise: NextNoise,
+    x0: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Runs the chain: ``len(sigmas) - 1`` calls of ``denoise``, each on fp32 input.
+
+    sigmas: descending noise levels, then 0 (``ladder_sigmas``), [K + 1]
+    first_noise: standard normal, [B, ...]
+    next_noise: ``noise_sampler(...)``, or any function with its signature
+    x0: where to start for image to image, [B, ...]; zeros, the start that the generator was trained for, if None
+    Returns the last estimate of x0, fp32, [B, ...].
+    """
+    noise = first_noise.float()
+    x0 = torch.zeros_like(noise) if x0 is None else x0.float()
+    x = sigma = None
+    for k, level in enumerate(sigmas[:-1].to(noise.device)):
+        if x is not None and sigma is not None:
+            noise = next_noise(k, x, sigma, x0)
+        sigma = level.expand(len(noise))
+        x = x0 + level * noise
+        x0 = denoise(x, sigma).float()
+        if callback is not None:
+            callback(k, x, sigma, x0)
+    return x0

@@ -1,0 +1,209 @@
+"""``python -m sid_train demo``: distil the embedded teacher, sample it, measure it, and show it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from ..callbacks import Callback, append_log, rewind_log
+from ..config import Config, load_config
+from ..core.recipe import SiDRecipe
+from ..core.sampling import timestep_ladder
+from ..export import export_generator
+from ..files import replacing, write_text
+from ..models.bundle import ModelBundle, load_generator, load_model
+from ..sample import sample_images, sample_latents
+from ..trainer import Trainer
+from .baselines import SAMPLING_SEED, SUBJECT_SETS, TEACHER_STEPS, evaluation_subjects, load_baselines, teacher_images
+from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
+from .metrics import DigitEvaluator, Row
+from .report import Comparison, format_table, make_grid, make_report
+
+CURVE_FILE = "curve.jsonl"
+CURVE_IMAGES = 512
+CURVE_POINTS = 6
+CALIBRATION_ITERATIONS = 6
+# Loading, export, evaluation, pictures and report on two CPU cores, in seconds at K = 4; only --minutes asks.
+OTHER_SECONDS = 60
+PICTURES_PER_PROMPT = 4
+
+
+class FrechetCurve(Callback):
+    """The averaged generator's Frechet distance on held-out prompts, a few times a run."""
+
+    def __init__(self) -> None:
+        self.subjects = evaluation_subjects("held_out")[:CURVE_IMAGES]
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.evaluator = DigitEvaluator(self.subjects)
+        self.cond = trainer.bundle.conditioner.encode([s.prompt for s in self.subjects])
+        rewind_log(trainer.run_dir / CURVE_FILE, trainer.iteration)
+        if trainer.iteration == 0:
+            self._measure(trainer)
+
+    def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
+        every = max(1, trainer.config.training.iterations // CURVE_POINTS)
+        if trainer.iteration % every == 0:
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        latents = sample_latents(
+            trainer.ema.average,
+            self.cond.to(trainer.accelerator.device),
+            trainer.bundle.latent_shape,
+            trainer.recipe(),
+            SAMPLING_SEED,
+        )
+        frechet = self.evaluator.frechet(trainer.bundle.codec.decode(latents.cpu()).clamp(-1, 1))
+        append_log(trainer.run_dir / CURVE_FILE, {"iteration": trainer.iteration, "frechet": frechet})
+
+
+def demo_folder(steps: int, guidance: str | None, seed: int, minutes: float | None) -> Path:
+    """The default folder, one for each set of options, so that the same command continues the same run."""
+    parts = [f"{steps}step", guidance or "default", f"seed{seed}", *([f"{minutes:g}min"] if minutes else [])]
+    return Path("sid-demo") / "-".join(parts).replace("/", "_")
+
+
+def demo_config(steps: int, guidance: str | None, seed: int) -> Config:
+    """The demo's configuration: the recipe for one or for several steps, with what the command line asks for."""
+    timestep_ladder(steps)  # an error here names the argument
+    overrides = [f"method.steps={steps}", f"training.seed={seed}"]
+    if guidance is not None:
+        overrides.append(f"method.guidance={guidance}")
+    return load_config("demo-1step" if steps == 1 else "demo", overrides)
+
+
+def run_demo(
+    out: Path,
+    steps: int = 4,
+    guidance: str | None = None,
+    seed: int = 0,
+    minutes: float | None = None,
+    full: bool = False,
+) -> dict:
+    """Runs or continues the demo in folder ``out``; returns the content of ``metrics.json``."""
+    started = time.monotonic()
+    config = demo_config(steps, guidance, seed)
+    run_dir = out / "run"
+    config.training.iterations = _decide_iterations(config, out, minutes)
+    trainer = Trainer(config, run_dir, [FrechetCurve()])
+    if trainer.iteration < config.training.iterations:
+        print(
+            f"Distilling the embedded teacher into a {steps}-step generator: {config.training.iterations} iterations, "
+            f"guidance {config.method.guidance}" + (f", from {trainer.iteration}" if trainer.iteration else ""),
+            flush=True,
+        )
+    trainer.run()
+
+    file = out / "generator.safetensors"
+    export_generator(file, trainer.ema.average, trainer.bundle, trainer.recipe())
+    print(f"Exported {file}; measuring ...", flush=True)
+    (generator, recipe), teacher = load_generator(str(file)), load_model("demo")
+    baselines = load_baselines(teacher, recompute=full)
+    rows = _all_rows(teacher, generator, recipe, baselines)
+
+    metrics = {
+        "seed": seed,
+        "steps": steps,
+        "guidance": config.method.guidance,
+        "iterations": config.training.iterations,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_mib": round(peak_memory_mib()),
+        **_as_dicts(rows),
+    }
+    comparison = _comparison(teacher, generator, recipe, rows["held_out"][1].guidance_scale)
+    with replacing(out / "grid.png") as temporary:
+        make_grid(comparison).save(temporary, format="PNG")
+    write_text(out / "report.html", make_report(metrics, recipe, comparison, run_dir / CURVE_FILE))
+    metrics |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mib": round(peak_memory_mib())}
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(format_table(metrics))
+    print(f"\nPictures: {out / 'grid.png'}   Report: {out / 'report.html'}   Figures: {out / 'metrics.json'}")
+    print(f"{metrics['seconds']:.0f} s, at most {metrics['peak_memory_mib']} MiB of memory")
+    return metrics
+
+
+def _decide_iterations(config: Config, out: Path, minutes: float | None) -> int:
+    """The recipe's fixed number, or what fits into ``minutes`` on this machine; that is measured once and kept."""
+    if minutes is None:
+        return config.training.iterations
+    if not minutes > 0:
+        raise ValueError(f"--minutes: expected more than 0, got {minutes:g}")
+    path = out / "iterations.json"
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["minutes"] != minutes:
+            raise ValueError(f"--minutes: {out} holds a run of {kept['minutes']:g} minutes, not {minutes:g}")
+        return kept["iterations"]
+    with TemporaryDirectory() as folder:
+        trial = Trainer(replace(config, training=replace(config.training, tracker="none")), Path(folder))
+        trial.train_iteration()  # the first is slower
+        begin = time.monotonic()
+        for _ in range(CALIBRATION_ITERATIONS):
+            trial.train_iteration()
+        seconds = (time.monotonic() - begin) / CALIBRATION_ITERATIONS
+    iterations = max(1, int((minutes * 60 - OTHER_SECONDS) / seconds))
+    write_text(path, json.dumps({"minutes": minutes, "iterations": iterations}) + "\n")
+    return iterations
+
+
+def evaluate_generator(source: str) -> dict:
+    """``rows`` (held-out prompts) and ``rows_trained_prompts`` for an exported generator, as in ``metrics.json``."""
+    generator, recipe = load_generator(source)
+    teacher = load_model("demo")
+    rows = _all_rows(teacher, generator, recipe, load_baselines(teacher))
+    return _as_dicts(rows)
+
+
+def _all_rows(
+    teacher: ModelBundle, generator: ModelBundle, recipe: SiDRecipe, baselines: dict[str, list[Row]]
+) -> dict[str, list[Row]]:
+    return {name: baselines[name] + _measure(name, teacher, generator, recipe) for name in SUBJECT_SETS}
+
+
+def _as_dicts(rows: dict[str, list[Row]]) -> dict[str, list[dict]]:
+    return {
+        "rows": [row.to_dict() for row in rows["held_out"]],
+        "rows_trained_prompts": [row.to_dict() for row in rows["trained"]],
+    }
+
+
+def _measure(name: str, teacher: ModelBundle, generator: ModelBundle, recipe: SiDRecipe) -> list[Row]:
+    """``undistilled`` and ``sid``: the teacher's weights and ours on the same ladder, with the same noise."""
+    subjects = evaluation_subjects(name)
+    evaluator = DigitEvaluator(subjects)
+    prompts = [s.prompt for s in subjects]
+    return [
+        evaluator.row(row, sample_images(bundle, recipe, prompts, SAMPLING_SEED), recipe.steps)
+        for row, bundle in (("undistilled", teacher), ("sid", generator))
+    ]
+
+
+def _comparison(teacher: ModelBundle, generator: ModelBundle, recipe: SiDRecipe, scale: float) -> Comparison:
+    shown = _shown_subjects(HELD_OUT_SUBJECTS) + _shown_subjects(TRAINING_SUBJECTS)
+    prompts = [s.prompt for s in shown for _ in range(PICTURES_PER_PROMPT)]
+    pictures: list[tuple[str, Tensor]] = [
+        (f"teacher, {TEACHER_STEPS} steps, CFG {scale:g}", teacher_images(teacher, prompts, scale, SAMPLING_SEED)),
+        (f"teacher, {recipe.steps} step(s)", sample_images(teacher, recipe, prompts, SAMPLING_SEED)),
+        (f"SiD, {recipe.steps} step(s)", sample_images(generator, recipe, prompts, SAMPLING_SEED)),
+    ]
+    return Comparison(shown, pictures)
+
+
+def _shown_subjects(subjects: tuple[Subject, ...]) -> list[Subject]:
+    """One subject a digit, in changing colours."""
+    of_digit = [[s for s in subjects if s.digit == d] for d in range(10)]
+    return [choices[(5 * d) % len(choices)] for d, choices in enumerate(of_digit)]
+
+
+def peak_memory_mib() -> float:
+    """The largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

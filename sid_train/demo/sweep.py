@@ -1,0 +1,51 @@
+"""Distils the demo under several settings and prints a row each: how the recipes' values were chosen.
+
+    python -m sid_train.demo.sweep --config demo --seed 10 --out DIR "method.guidance=none" "method.guidance=lsg=1.2"
+
+Each argument is one run: overrides of the recipe, separated by spaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from ..callbacks import append_log
+from ..config import load_config
+from ..sample import sample_images
+from ..trainer import Trainer, load_run_generator
+from .baselines import SAMPLING_SEED, SUBJECT_SETS, evaluation_subjects
+from .metrics import DigitEvaluator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sid_train.demo.sweep", description=__doc__)
+    parser.add_argument("settings", nargs="+")
+    parser.add_argument("--config", default="demo")
+    parser.add_argument("--seed", type=int, default=10, help="not one that results are reported for")
+    parser.add_argument("--out", type=Path, required=True, help="runs and sweep.jsonl")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for setting in args.settings:
+        config = load_config(args.config, [f"training.seed={args.seed}", "training.tracker=none", *setting.split()])
+        run_dir = args.out / f"{args.config} {setting} seed={args.seed}".replace("/", "_")
+        began = time.monotonic()
+        Trainer(config, run_dir).run()
+        entry: dict = {"config": args.config, "setting": setting, "seed": args.seed}
+        entry |= {"iterations": config.training.iterations, "training_seconds": round(time.monotonic() - began)}
+        bundle, recipe = load_run_generator(run_dir)
+        for name in SUBJECT_SETS:
+            subjects = evaluation_subjects(name)
+            images = sample_images(bundle, recipe, [s.prompt for s in subjects], SAMPLING_SEED)
+            entry[name] = DigitEvaluator(subjects).row("sid", images, recipe.steps).to_dict()
+        append_log(args.out / "sweep.jsonl", entry)
+        print(json.dumps(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The running average of the generator: what is evaluated and exported."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Exponential moving average with a half-life in images, short at the start of a run (SiD, arXiv 2404.04057)."""
+
+    def __init__(self, network: nn.Module, halflife_images: float, rampup: float):
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self.halflife_images, self.rampup = halflife_images, rampup
+
+    def decay(self, images_seen: int, batch_size: int) -> float:
+        """``0.5 ** (batch / half-life)``, the half-life at most ``rampup`` of the images seen."""
+        halflife = min(self.halflife_images, self.rampup * images_seen)
+        return 0.5 ** (batch_size / max(halflife, 1e-8))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
+        decay = self.decay(images_seen, batch_size)
+        torch._foreach_lerp_(list(self.average.parameters()), list(network.parameters()), 1 - decay)
+        for ours, theirs in zip(self.average.buffers(), network.buffers(), strict=True):
+            ours.copy_(theirs)

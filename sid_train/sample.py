@@ -1,0 +1,52 @@
+"""Pictures from prompts with a distilled generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .core.recipe import SiDRecipe
+from .core.sampling import few_step_sample, initial_noise, ladder_sigmas, noise_sampler, seeded_noise
+from .models.bundle import ModelBundle
+from .models.conditioning import Conditioning
+from .models.unet import UNetDenoiser
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: UNetDenoiser,
+    cond: Conditioning,
+    latent_shape: tuple[int, ...],
+    recipe: SiDRecipe,
+    seed: int,
+    steps: int | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Latents [len(cond), *latent_shape] on the recipe's timesteps, one network call a step."""
+    sigmas = ladder_sigmas(denoiser.schedule, recipe.timesteps_for(steps))
+    noise = initial_noise((len(cond), *latent_shape), seed).to(cond.text.device)
+    parts = []
+    for start in range(0, len(cond), batch_size):
+        rows = slice(start, start + batch_size)
+        first = noise[rows]
+        told = cond[rows]
+        parts.append(
+            few_step_sample(
+                lambda x, sigma, told=told: denoiser(x, sigma, told),
+                sigmas,
+                first,
+                noise_sampler(recipe.noise_mode, first, seeded_noise(first, seed)),
+            )
+        )
+    return torch.cat(parts)
+
+
+def sample_images(
+    bundle: ModelBundle, recipe: SiDRecipe, prompts: Sequence[str], seed: int, steps: int | None = None
+) -> Tensor:
+    """Images [len(prompts), 3, H, W] in [-1, 1]."""
+    cond = bundle.conditioner.encode(prompts)
+    latents = sample_latents(bundle.denoiser, cond, bundle.latent_shape, recipe, seed, steps)
+    return bundle.codec.decode(latents).clamp(-1, 1)

@@ -1,0 +1,311 @@
+"""The loop that composes everything: one iteration is some fake-score updates and one generator update."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.profiler import record_function
+
+from .callbacks import Callback, Progress
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
+from .core.recipe import SiDRecipe
+from .data import PairSource, PromptTable, load_prompts
+from .distiller import Distiller, Losses
+from .distributed import any_rank, gather_states, rank_generator, seed_everything, shared_generator
+from .ema import EMA
+from .errors import Interrupted, NonFiniteError
+from .export import make_recipe
+from .files import write_text
+from .models.bundle import ModelBundle, load_model
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+CONFIG_FILE = "config.toml"
+
+
+class Trainer:
+    """One run in one folder. Creating it in a folder that holds a checkpoint continues that run."""
+
+    def __init__(self, config: Config, run_dir: Path, callbacks: list[Callback] | None = None):
+        self.config, self.run_dir = config, run_dir
+        _claim_run_dir(config, run_dir)
+        training, optimizer = config.training, config.optimizer
+        seed_everything(training.seed)
+        self.accelerator = Accelerator(
+            mixed_precision=training.mixed_precision,
+            log_with=None if training.tracker == "none" else training.tracker,
+            project_dir=str(run_dir),
+        )
+        device = self.accelerator.device
+        if training.batch_size % (self.accelerator.num_processes * training.accumulate):
+            raise ValueError(
+                f"training.batch_size: expected a multiple of {self.accelerator.num_processes} process(es) times "
+                f"{training.accumulate} micro-batch(es), got {training.batch_size}"
+            )
+        self.micro_batch = training.batch_size // (self.accelerator.num_processes * training.accumulate)
+
+        self.bundle = load_model(config.model.teacher)
+        teacher = self.bundle.denoiser.to(device).eval().requires_grad_(False)
+        generator = copy.deepcopy(teacher)
+        if config.model.init_generator:
+            generator = _load_init_generator(config.model.init_generator, self.bundle).to(device)
+        self.ema = EMA(generator, optimizer.ema_halflife_images, optimizer.ema_rampup)
+        fake_score = copy.deepcopy(teacher)
+        # No dropout or batch statistics in these networks: eval() everywhere, so that all three compute alike.
+        generator.requires_grad_(True)
+        fake_score.requires_grad_(True)
+
+        def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
+            betas = (float(optimizer.beta1), float(optimizer.beta2))
+            return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
+
+        self.generator, self.fake_score, self.generator_optimizer, self.fake_score_optimizer = self.accelerator.prepare(
+            generator, fake_score, adam(generator, optimizer.generator_lr), adam(fake_score, optimizer.fake_score_lr)
+        )
+        self.prompts = PromptTable(load_prompts(config.data.prompts), self.bundle.conditioner, device)
+        self.pairs = _load_pairs(config.data.pairs, self.bundle) if config.data.pairs else None
+        self.distiller = Distiller(
+            self.generator,
+            self.fake_score,
+            teacher,
+            self.bundle.denoiser.schedule,
+            self.bundle.conditioner.encode([""]).to(device),
+            self.bundle.latent_shape,
+            config.method,
+            config.gan,
+        )
+        self.shared_rng = shared_generator(training.seed)
+        self.rng = rank_generator(self.accelerator, training.seed)
+        self.iteration = 0  # finished ones
+        self.images_seen = 0  # drawn for the fake score, over all ranks
+        if (run_dir / CHECKPOINT_FILE).is_file():
+            self._load()
+        self.callbacks = [Progress(training.log_every), *(callbacks or [])] if self.accelerator.is_main_process else []
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end. Ctrl-C and SIGTERM save first and raise Interrupted."""
+        training = self.config.training
+        if training.tracker != "none":
+            self.accelerator.init_trackers(training.tracker)
+        last_save = self.iteration
+        self._tell(lambda c: c.on_start(self))
+        with _StopOnSignal() as stop:
+            while self.iteration < training.iterations:
+                losses = self.train_iteration()
+                self.iteration += 1
+                self._tell(lambda c, losses=losses: c.on_iteration(self, losses))
+                stopping = any_rank(self.accelerator, stop.requested)
+                done = self.iteration == training.iterations
+                if stopping or done or self.iteration - last_save >= training.checkpoint_every:
+                    self.save()
+                    last_save = self.iteration
+                if stopping and not done:
+                    self._tell(lambda c: c.on_end(self))
+                    raise Interrupted(f"stopped and saved after iteration {self.iteration} of {training.iterations}")
+        self._tell(lambda c: c.on_end(self))
+        if training.tracker != "none":
+            self.accelerator.end_training()
+
+    def train_iteration(self) -> dict[str, float]:
+        """One iteration of the method; the means of its losses on this rank, for the log."""
+        training = self.config.training
+        self._set_learning_rates()
+        step = self.distiller.draw_step(self.shared_rng)
+        adversarial = self.pairs is not None and self.images_seen >= self.config.gan.start_images
+        logged: dict[str, float] = {}
+        for _ in range(training.fake_score_updates):
+            logged |= self._update(
+                "fake score",
+                self.fake_score,
+                self.fake_score_optimizer,
+                lambda: self._fake_score_loss(step, adversarial),
+            )
+            self.images_seen += training.batch_size
+        if self.images_seen > training.generator_start_images:
+            logged |= self._update(
+                "generator", self.generator, self.generator_optimizer, lambda: self._generator_loss(step, adversarial)
+            )
+            self.ema.update(self.accelerator.unwrap_model(self.generator), self.images_seen, training.batch_size)
+        return logged
+
+    def _fake_score_loss(self, step: int, adversarial: bool) -> Losses:
+        cond = self.prompts.draw(self.micro_batch, self.rng)
+        real = self.pairs.draw(self.micro_batch, self.rng) if adversarial and self.pairs is not None else None
+        return self.distiller.fake_score_loss(cond, step, self.rng, real)
+
+    def _generator_loss(self, step: int, adversarial: bool) -> Losses:
+        return self.distiller.generator_loss(self.prompts.draw(self.micro_batch, self.rng), step, self.rng, adversarial)
+
+    def _update(
+        self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], Losses]
+    ) -> dict[str, float]:
+        """One optimizer step on the mean of ``accumulate`` micro-batches."""
+        accumulate = self.config.training.accumulate
+        logged: dict[str, float] = {}
+        for micro in range(accumulate):
+            with nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(network):
+                with record_function(f"{name}: forward"), self.accelerator.autocast():
+                    losses = compute()
+                for part, value in losses.items():
+                    logged[part] = logged.get(part, 0.0) + value.item() / accumulate
+                self._require_finite(logged, f"{name} loss")
+                with record_function(f"{name}: backward"):
+                    self.accelerator.backward(torch.stack(list(losses.values())).sum() / accumulate)
+        limit = self.config.optimizer.clip_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_(network.parameters(), limit)
+        self._require_finite({"norm": float(norm)}, f"{name} gradient")
+        with record_function(f"{name}: optimizer"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return logged
+
+    def _require_finite(self, values: dict[str, float], what: str) -> None:
+        bad = [name for name, value in values.items() if not abs(value) < float("inf")]
+        if any_rank(self.accelerator, bool(bad)):
+            detail = ", ".join(f"{name} = {values[name]}" for name in bad) or "on another rank"
+            raise NonFiniteError(
+                f"iteration {self.iteration + 1}: the {what} is not finite ({detail}). No weight was changed by it; "
+                f"the last checkpoint is in {self.run_dir}. Lower the learning rates or set optimizer.clip_norm."
+            )
+
+    def _set_learning_rates(self) -> None:
+        optimizer, total = self.config.optimizer, self.config.training.iterations
+        factor = min(1.0, (self.iteration + 1) / optimizer.warmup) if optimizer.warmup else 1.0
+        if optimizer.cooldown:
+            factor *= min(1.0, (total - self.iteration) / (optimizer.cooldown * total))
+        for adam, lr in (
+            (self.generator_optimizer, optimizer.generator_lr),
+            (self.fake_score_optimizer, optimizer.fake_score_lr),
+        ):
+            for group in adam.param_groups:
+                group["lr"] = lr * factor
+
+    def _tell(self, call: Callable[[Callback], None]) -> None:
+        for callback in self.callbacks:
+            call(callback)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> SiDRecipe:
+        """The recipe of the generator as it is now."""
+        return make_recipe(self.config, self.bundle, self.iteration, self.images_seen)
+
+    def save(self) -> None:
+        rng_states = gather_states(self.accelerator, self.rng)
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.run_dir / CHECKPOINT_FILE,
+                self._networks(),
+                self._optimizers(),
+                {"rng": rng_states, "shared_rng": [self.shared_rng.get_state()]},
+                {"iteration": self.iteration, "images_seen": self.images_seen},
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        path, rank = self.run_dir / CHECKPOINT_FILE, self.accelerator.process_index
+        counters = load_checkpoint(path, self._networks(), self._optimizers(), {"rng": self.rng}, rank)
+        load_checkpoint(path, {}, {}, {"shared_rng": self.shared_rng})
+        self.iteration, self.images_seen = counters["iteration"], counters["images_seen"]
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {
+            "generator": self.accelerator.unwrap_model(self.generator),
+            "fake_score": self.accelerator.unwrap_model(self.fake_score),
+            "generator_ema": self.ema.average,
+        }
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "generator_optimizer": self.generator_optimizer,
+            "fake_score_optimizer": self.fake_score_optimizer,
+        }
+
+
+def _claim_run_dir(config: Config, run_dir: Path) -> None:
+    """Stores the configuration in a new run folder; in a used one it must be the same."""
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        write_text(path, config.to_toml())
+        return
+    stored = load_run_config(run_dir).flat()
+    differ = [
+        f"{key} (was {stored[key]!r}, now {value!r})"
+        for key, value in config.flat().items()
+        if value != stored[key] and key not in REPORTING_KEYS
+    ]
+    if differ:
+        raise ValueError(
+            f"{run_dir} holds a run with another configuration: {', '.join(differ)}. "
+            f"Choose another --out, or the same values to continue it."
+        )
+
+
+def load_run_config(run_dir: Path) -> Config:
+    """The configuration that a run folder stores."""
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: expected a run folder, but it has no {CONFIG_FILE}")
+    return config_from_dict(read_toml(path), str(path))
+
+
+def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
+    """The averaged generator of a run's last checkpoint, in its model's bundle, and its recipe."""
+    config = load_run_config(run_dir)
+    path = run_dir / CHECKPOINT_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: the run has no checkpoint yet")
+    bundle = load_model(config.model.teacher)
+    counters = load_checkpoint(path, {"generator_ema": bundle.denoiser}, {}, {})
+    return bundle, make_recipe(config, bundle, counters["iteration"], counters["images_seen"])
+
+
+def _load_init_generator(source: str, teacher: ModelBundle) -> nn.Module:
+    start = load_model(source)
+    if start.recipe is None:
+        raise ValueError(f"model.init_generator: {source} carries no SiD recipe: expected a SiD generator")
+    if start.architecture != teacher.architecture:
+        raise ValueError(
+            f"model.init_generator: expected the teacher's architecture {teacher.architecture}, got "
+            f"{start.architecture} in {source}"
+        )
+    return start.denoiser.eval()
+
+
+def _load_pairs(source: str, bundle: ModelBundle) -> PairSource:
+    if source != "demo":
+        raise ValueError(f"data.pairs: expected 'demo', got {source!r}")
+    from .demo.digits import DigitPairs
+
+    return DigitPairs(bundle.codec, bundle.conditioner)
+
+
+class _StopOnSignal:
+    """Turns SIGINT and SIGTERM into a request; a second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> _StopOnSignal:
+        self.requested = False
+        self.previous = [signal.signal(s, self._request) for s in self.SIGNALS]
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(f"\n{signal.Signals(number).name}: saving after this iteration ...", flush=True)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in zip(self.SIGNALS, self.previous, strict=True):
+            signal.signal(number, handler)

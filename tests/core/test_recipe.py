@@ -1,0 +1,214 @@
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sid_train.core.recipe import (
+    FORMAT_VERSION,
+    PRESETS,
+    RecipeError,
+    SiDRecipe,
+    TrainingGuidance,
+    has_recipe,
+    read_recipe,
+    read_safetensors_metadata,
+)
+from sid_train.core.sampling import timestep_ladder
+
+OTHERS = {
+    "default": SiDRecipe(title="default"),
+    "v zero SNR": SiDRecipe(
+        base_model="anime é 漫画",
+        architecture="digits",
+        prediction_type="v_prediction",
+        zero_terminal_snr=True,
+        timesteps=(999, 499),
+        t_init=999,
+        noise_mode="fixed",
+        training_resolution=(1216, 832),
+        base_model_hash="ab" * 32,
+        licence="openrail++",
+        title="v",
+        unconditional="zeros",
+        guidance=TrainingGuidance("anti-cfg", -1.0, -0.5, 1.0 / 3.0),
+        training_summary={"images": "1,000", "note": 'quotes " and\nlines'},
+    ),
+    "explicit": SiDRecipe(timesteps=(900, 20), t_init=900, ladder="explicit", title="explicit"),
+    "eight steps": SiDRecipe(timesteps=tuple(timestep_ladder(8, 999)), t_init=999, title="eight"),
+    "guided": SiDRecipe(sampling_guidance="cfg first step only", sampling_cfg=1.7, title="guided"),
+}
+RECIPES = OTHERS | {name: replace(preset, title=name) for name, preset in PRESETS.items()}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes metadata into a real safetensors file beside a tensor."""
+
+    def write(metadata):
+        path = tmp_path / "generator.safetensors"
+        save_file({"weight": torch.ones(3)}, path, metadata)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_survives_a_safetensors_file(name, write):
+    path = write(RECIPES[name].to_metadata())
+    assert read_recipe(path) == RECIPES[name]
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == read_safetensors_metadata(path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_but_for_the_title_that_files_always_have(name, write):
+    preset = PRESETS[name]
+    assert name.endswith(f"({preset.steps} step{'s' * (preset.steps > 1)})")
+    recipe = read_recipe(write(preset.to_metadata()))
+    assert replace(recipe, title=preset.title) == preset
+    assert recipe.title
+
+
+def test_metadata_tells_other_tools_what_the_file_is():
+    metadata = OTHERS["v zero SNR"].to_metadata()
+    assert all(isinstance(v, str) for v in metadata.values())
+    assert metadata["modelspec.resolution"] == "832x1216"  # the standard says width first
+    assert metadata["sid.training_resolution"] == "1216x832"
+    assert metadata["modelspec.predict_key"] == "v"
+    assert SiDRecipe().to_metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+
+
+OPTIONAL = {"sid.sampling.guidance", "sid.sampling.cfg"}
+READ = {k for k in SiDRecipe().to_metadata() if k.startswith("sid.")} | {"modelspec.architecture", "modelspec.title"}
+
+
+@pytest.mark.parametrize("key", sorted(READ - OPTIONAL))
+def test_missing_key_is_named(key, write):
+    metadata = SiDRecipe().to_metadata()
+    del metadata[key]
+    path = write(metadata)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(f"{path}: {key}: expected in the file's metadata, but it is missing")
+
+
+def test_missing_sampling_fields_mean_no_guidance(write):
+    metadata = {k: v for k, v in SiDRecipe().to_metadata().items() if k not in OPTIONAL}
+    recipe = read_recipe(write(metadata))
+    assert (recipe.sampling_guidance, recipe.sampling_cfg) == ("none", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("sid.format_version", "one", "expected an integer, got 'one'"),
+        ("sid.format_version", str(FORMAT_VERSION + 1), f"expected at most {FORMAT_VERSION}, got {FORMAT_VERSION + 1}"),
+        ("sid.prediction_type", "eps", "expected one of epsilon, v_prediction, got 'eps'"),
+        ("sid.zero_terminal_snr", "True", "expected true or false, got 'True'"),
+        ("sid.steps", "four", "expected an integer, got 'four'"),
+        ("sid.steps", "3", "expected 4, the number of sid.timesteps, got 3"),
+        ("sid.timesteps", "625;468", "expected an integers joined by ',', got '625;468'"),
+        ("sid.timesteps", "", "expected an integers joined by ',', got ''"),
+        ("sid.timesteps", "625,468,312,157", "disagree with t_init 625"),
+        ("sid.timesteps", "156,312,468,625", "expected 1 to 8 integers that fall"),
+        ("sid.timesteps", "1000,750,500,250", "expected 1 to 8 integers that fall"),
+        ("sid.t_init", "6.25", "expected an integer, got '6.25'"),
+        ("sid.t_init", "999", "expected 625, the first of sid.timesteps, got 999"),
+        ("sid.ladder", "karras", "expected one of sid, explicit, got 'karras'"),
+        ("sid.noise_mode", "euler", "expected one of fresh, fixed, ddim, got 'euler'"),
+        ("sid.training_resolution", "1024", "expected HEIGHTxWIDTH, got"),
+        ("sid.training_resolution", "1024x", "expected an integers joined by 'x', got '1024x'"),
+        ("sid.training_resolution", "0x1024", "expected two sizes above 0"),
+        ("sid.unconditional", "none", "expected one of empty, zeros, got 'none'"),
+        ("sid.guidance.teacher", "high", "expected a number, got 'high'"),
+        ("sid.sampling.guidance", "on", "expected one of none, cfg"),
+        ("sid.sampling.cfg", "a lot", "expected a number, got 'a lot'"),
+        ("sid.sampling.cfg", "-1", "expected 0 or more, got -1"),
+        ("sid.sampling.cfg", "nan", "expected 0 or more, got nan"),
+        ("sid.training_summary", "{", "expected a JSON object of strings, got '{'"),
+        ("sid.training_summary", "[]", "expected a JSON object of strings, got '[]'"),
+        ("sid.training_summary", '{"images": 1}', "expected a JSON object of strings, got"),
+    ],
+)
+def test_malformed_value_is_named_with_its_file_and_key(key, value, problem, write):
+    path = write(SiDRecipe().to_metadata() | {key: value})
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(f"{path}: {key}: ")
+    assert problem in str(error.value)
+
+
+def test_explicit_timesteps_need_not_be_a_ladder(write):
+    metadata = SiDRecipe().to_metadata() | {"sid.timesteps": "625,468,312,157", "sid.ladder": "explicit"}
+    assert read_recipe(write(metadata)).timesteps == (625, 468, 312, 157)
+
+
+def test_file_without_a_recipe_says_so(write):
+    path = write({"format": "pt"})
+    assert not has_recipe(read_safetensors_metadata(path))
+    with pytest.raises(RecipeError, match=r"generator\.safetensors: sid\.format_version: .*carries no SiD recipe"):
+        read_recipe(path)
+    assert has_recipe(SiDRecipe().to_metadata())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"PK\x03\x04" + b"\x00" * 60,
+        b"\xff" * 64,
+        struct.pack("<Q", 4) + b"[1]\n",
+        struct.pack("<Q", 8) + b"{broken}",
+        struct.pack("<Q", 20) + json.dumps({"__metadata__": 12345}).encode(),
+    ],
+    ids=["empty", "short", "zip", "huge header", "a list", "not JSON", "metadata of no mapping"],
+)
+def test_other_files_are_named_in_the_error(content, tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    assert str(error.value).startswith(f"{path}: expected a safetensors file, but its header cannot be read")
+
+
+def test_training_guidance_is_a_fact_and_changes_no_instruction_for_sampling():
+    plain = SiDRecipe()
+    for guidance in (TrainingGuidance("lsg", 4.5, 4.5, 4.5), TrainingGuidance("zero-cfg", 0.0, 0.0, 1.0)):
+        other = replace(plain, guidance=guidance)
+        changed = {k for k, v in other.to_metadata().items() if v != plain.to_metadata()[k]}
+        assert changed
+        assert all(k.startswith("sid.guidance.") for k in changed)
+        again = SiDRecipe.from_metadata(other.to_metadata(), "file")
+        assert again.guidance == guidance
+        assert (again.sampling_guidance, again.sampling_cfg) == ("none", 1.0)
+        assert again.timesteps_for() == plain.timesteps_for()
+
+
+def test_unknown_keys_are_left_alone(write):
+    metadata = SiDRecipe(title="t").to_metadata()
+    extra = {"sid.future": "fact", "modelspec.thumbnail": "…", "ss_network_dim": "64", "format": "pt"}
+    assert read_recipe(write(metadata | extra)) == SiDRecipe(title="t")
+
+
+def test_other_step_counts_take_the_ladder_of_the_same_t_init():
+    recipe = PRESETS["LCM (4 steps)"]
+    assert recipe.timesteps_for() == recipe.timesteps_for(4) == [999, 759, 499, 259]
+    assert recipe.timesteps_for(2) == [999, 499]
+    with pytest.raises(ValueError, match="steps: expected 1 to 8, got 9"):
+        recipe.timesteps_for(9)
+
+
+def test_description_and_plain_values_hold_every_fact():
+    recipe = OTHERS["v zero SNR"]
+    text = recipe.describe()
+    for fact in ("v_prediction, zero terminal SNR", "999 499", "fixed", "1216x832", "openrail++", "anti-cfg", "1,000"):
+        assert fact in text
+    values = json.loads(json.dumps(recipe.to_dict()))
+    assert values["timesteps"] == [999, 499]
+    assert values["guidance"]["fake_eval"] == -0.5
+    assert values["steps"] == 2

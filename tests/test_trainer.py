@@ -1,0 +1,180 @@
+"""The loop on the demo's own networks, a few iterations each."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sid_train.callbacks import Callback, Grids, read_log
+from sid_train.config import load_config
+from sid_train.errors import Interrupted, NonFiniteError
+from sid_train.export import export_generator
+from sid_train.models.bundle import load_model
+from sid_train.trainer import CHECKPOINT_FILE, Trainer, load_run_generator
+
+
+def small(*overrides: str, iterations: int = 4):
+    base = ["training.batch_size=4", "training.tracker=none", "training.log_every=1", "method.steps=2"]
+    return load_config("demo", [*base, f"training.iterations={iterations}", *overrides])
+
+
+class SignalAfter(Callback):
+    def __init__(self, iteration: int, number: int):
+        self.iteration, self.number = iteration, number
+
+    def on_iteration(self, trainer, losses):
+        if trainer.iteration == self.iteration:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_continues_bit_identically(tmp_path, number):
+    config = small("training.grid_every=3", "method.guidance=lsg=1.2")
+    Trainer(config, tmp_path / "whole").run()
+    # Image grids must not touch the run's randomness, so only the interrupted run makes them.
+    with pytest.raises(Interrupted, match="after iteration 2 of 4"):
+        Trainer(config, tmp_path / "parts", [SignalAfter(2, number), Grids(1)]).run()
+    Trainer(config, tmp_path / "parts", [Grids(3)]).run()
+
+    whole, parts = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    logs = [[e["losses"] for e in read_log(tmp_path / name / "log.jsonl")] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 4
+
+
+def test_a_killed_run_repeats_what_came_after_its_last_checkpoint(tmp_path):
+    class Die(Callback):
+        def on_iteration(self, trainer, losses):
+            if trainer.iteration == 3:
+                raise RuntimeError("power cut")
+
+    config = small("training.checkpoint_every=2")
+    Trainer(config, tmp_path / "whole").run()
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer(config, tmp_path / "parts", [Die()]).run()
+    again = Trainer(config, tmp_path / "parts")
+    assert again.iteration == 2
+    again.run()
+    whole, parts = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_training_changes_generator_average_and_fake_score_but_not_the_teacher(tmp_path):
+    trainer = Trainer(small(iterations=2), tmp_path)
+    teacher = load_model("demo").denoiser
+    trainer.run()
+    for network in (trainer.generator, trainer.fake_score, trainer.ema.average):
+        assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), teacher.parameters(), strict=True))
+    for a, b in zip(trainer.distiller.teacher.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_non_finite_loss_stops_before_the_weights(tmp_path):
+    trainer = Trainer(small(), tmp_path)
+    next(trainer.distiller.teacher.parameters()).data.fill_(float("nan"))
+    before = [p.detach().clone() for p in trainer.generator.parameters()]
+    with pytest.raises(NonFiniteError, match=r"iteration 1: the generator loss is not finite \(sid = nan\)"):
+        trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.generator.parameters(), strict=True))
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
+def test_a_non_finite_gradient_stops_before_the_weights(tmp_path):
+    trainer = Trainer(small(), tmp_path)
+    parameter = next(trainer.fake_score.parameters())
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = parameter.detach().clone()
+    with pytest.raises(NonFiniteError, match="the fake score gradient is not finite"):
+        trainer.run()
+    assert torch.equal(before, parameter)
+
+
+def test_a_run_folder_keeps_its_configuration(tmp_path):
+    Trainer(small(), tmp_path)
+    with pytest.raises(ValueError, match=r"optimizer.generator_lr \(was 0.0\d+, now 0.5\)"):
+        Trainer(small("optimizer.generator_lr=0.5"), tmp_path)
+    Trainer(small("training.log_every=7"), tmp_path)  # only reporting
+
+
+def test_the_gan_branch_and_its_start(tmp_path):
+    config = small(
+        "data.pairs=demo", "gan.generator_weight=0.01", "gan.start_images=8", "method.guidance=zero-cfg",
+        "training.generator_start_images=4", iterations=3,
+    )  # fmt: skip
+    Trainer(config, tmp_path).run()
+    names = [set(e["losses"]) for e in read_log(tmp_path / "log.jsonl")]
+    assert names == [{"fake_score"}, {"fake_score", "sid"}, {"fake_score", "discriminator", "sid", "gan"}]
+
+
+def test_accumulation_and_bf16_run(tmp_path):
+    Trainer(small("training.accumulate=2", "training.mixed_precision=bf16", iterations=2), tmp_path).run()
+
+
+def test_fake_score_update_ratio(tmp_path):
+    trainer = Trainer(small("training.fake_score_updates=3", iterations=1), tmp_path)
+    trainer.run()
+    steps = [
+        int(next(iter(optimizer.state_dict()["state"].values()))["step"])
+        for optimizer in (trainer.fake_score_optimizer, trainer.generator_optimizer)
+    ]
+    assert steps == [3, 1]
+
+
+def test_learning_rate_warmup_and_cooldown(tmp_path):
+    trainer = Trainer(small("optimizer.warmup=2", "optimizer.cooldown=0.5", iterations=8), tmp_path)
+    peak = trainer.config.optimizer.generator_lr
+    rates = []
+    for trainer.iteration in range(8):
+        trainer._set_learning_rates()
+        rates.append(trainer.generator_optimizer.param_groups[0]["lr"] / peak)
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_sid2a_starts_from_a_generator(tmp_path):
+    Trainer(small(iterations=2), tmp_path / "first").run()
+    bundle, recipe = load_run_generator(tmp_path / "first")
+    file = tmp_path / "first.safetensors"
+    export_generator(file, bundle.denoiser, bundle, recipe, "fp32")
+    second = Trainer(small(f"model.init_generator={file}"), tmp_path / "second")
+    for a, b in zip(second.generator.parameters(), bundle.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+    teacher = load_model("demo").denoiser
+    for a, b in zip(second.fake_score.parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="carries no SiD recipe"):
+        Trainer(small("model.init_generator=demo"), tmp_path / "third")
+
+
+def test_two_processes_train_one_generator(tmp_path):
+    """torchrun with two gloo processes: the ranks draw different noise and end with the same weights."""
+    script = tmp_path / "check.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from sid_train.config import load_config\n"
+        "from sid_train.trainer import Trainer\n"
+        "torch.set_num_threads(1)\n"
+        "t = Trainer(load_config('demo', sys.argv[2:]), Path(sys.argv[1]))\n"
+        "t.run()\n"
+        "state = torch.cat([p.detach().flatten() for n in (t.generator, t.fake_score) for p in n.parameters()])\n"
+        "states, draws = t.accelerator.gather(state[None]), t.accelerator.gather(torch.randn(1, 4, generator=t.rng))\n"
+        "assert t.accelerator.num_processes == 2 and torch.equal(states[0], states[1])\n"
+        "assert not torch.equal(draws[0], draws[1])\n"
+        "print('ranks agree')\n"
+    )
+    overrides = ["training.batch_size=4", "training.iterations=2", "training.tracker=none", "training.accumulate=2",
+                 "data.pairs=demo", "gan.generator_weight=0.01"]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+         str(tmp_path / "run"), *overrides],
+        capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("ranks agree") == 2
