@@ -6,14 +6,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from tqdm import tqdm
 
-from .files import write_text
+from .files import replacing, write_text
 from .images import image_grid, to_pil
 from .sample import sample_latents
 
@@ -39,8 +39,7 @@ class Progress(Callback):
     def __init__(self, log_every: int):
         self.log_every = log_every
         self.bar: tqdm | None = None
-        self.sums: dict[str, float] = {}
-        self.count = 0
+        self.values: dict[str, list[float]] = {}
 
     def on_start(self, trainer: Trainer) -> None:
         self.log = trainer.run_dir / LOG_FILE
@@ -52,14 +51,13 @@ class Progress(Callback):
 
     def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            self.values.setdefault(name, []).append(value)
         if self.bar is not None:
             self.bar.update()
         if trainer.iteration % self.log_every and trainer.iteration != trainer.config.training.iterations:
             return
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
+        means = {name: fmean(values) for name, values in self.values.items()}
+        self.values = {}
         elapsed = time.monotonic() - self.started
         rate = (trainer.iteration - self.first) / elapsed
         images_per_second = rate * trainer.config.training.batch_size
@@ -103,9 +101,8 @@ class Grids(Callback):
             trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.seed
         )
         grid = image_grid(trainer.bundle.codec.decode(latents.cpu()), columns=self.COLUMNS)
-        path = trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        to_pil(grid).resize((grid.shape[2] * 3, grid.shape[1] * 3), Image.Resampling.NEAREST).save(path)
+        with replacing(trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png") as temporary:
+            to_pil(grid).save(temporary, format="PNG")
         log_image(trainer.accelerator, "samples", grid, trainer.iteration)
 
 
@@ -117,7 +114,13 @@ def log_image(accelerator: Accelerator, name: str, image: torch.Tensor, step: in
 
 def read_log(path: Path) -> list[dict]:
     """The entries of a log with one JSON object a line, oldest first; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break  # torn by a crash; what follows is repeated anyway
+    return entries
 
 
 def append_log(path: Path, entry: dict) -> None:

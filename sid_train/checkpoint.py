@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import replacing
 
-Counters = dict[str, int]
+Facts = dict[str, int | str]
+"""Counters and hashes: what a checkpoint knows besides tensors."""
 FORMAT_VERSION = "1"
 
 
@@ -21,7 +22,7 @@ def save_checkpoint(
     networks: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     generator_states: dict[str, list[Tensor]],
-    counters: Counters,
+    facts: Facts,
 ) -> None:
     """Writes all of it to ``path``. ``generator_states`` has one state a rank."""
     tensors: dict[str, Tensor] = {}
@@ -35,18 +36,24 @@ def save_checkpoint(
     # Clones, since safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format_version": FORMAT_VERSION, "counters": json.dumps(counters)})
+        save_file(tensors, temporary, {"format_version": FORMAT_VERSION, "facts": json.dumps(facts)})
 
 
 def load_checkpoint(
     path: Path,
     networks: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
-    generators: dict[str, torch.Generator],
-    rank: int = 0,
-) -> Counters:
-    """Puts a checkpoint's state into networks, optimizers and generators; returns the counters."""
-    with safe_open(path, framework="pt") as file:
+    generators: dict[str, tuple[torch.Generator, int, int]],
+) -> Facts:
+    """Puts a checkpoint's state into networks, optimizers and generators; returns its facts.
+
+    A generator comes with the rank whose state it takes and the number of ranks.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    with file:
         metadata = file.metadata() or {}
         if metadata.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -65,11 +72,9 @@ def load_checkpoint(
             index, _, field = key.partition(".")
             state.setdefault(int(index), {})[field] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, generator in generators.items():
+    for name, (generator, rank, ranks) in generators.items():
         states = under(f"{name}.")
-        if str(rank) not in states:
-            raise ValueError(
-                f"{path}: was written by {len(states)} process(es) and cannot continue on more: start as many as before"
-            )
+        if len(states) != ranks:
+            raise ValueError(f"{path}: was written by {len(states)} process(es), not {ranks}: start as many as before")
         generator.set_state(states[str(rank)])
-    return json.loads(metadata["counters"])
+    return json.loads(metadata["facts"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .core.recipe import Unconditional
 from .distiller import GANConfig, MethodConfig
 
 if sys.version_info >= (3, 11):
@@ -28,6 +30,8 @@ class ModelConfig:
     """The model to distil: 'demo', the embedded teacher."""
     init_generator: str = ""
     """A SiD generator of the same architecture to start from (SiD2a); empty: start from the teacher."""
+    unconditional: Unconditional = "empty"
+    """The embedding of no text: empty encodes "" (ComfyUI's way), zeros is diffusers' default for SDXL."""
 
 
 @dataclass
@@ -69,9 +73,11 @@ class OptimizerConfig:
         for name in ("generator_lr", "fake_score_lr", "eps", "ema_halflife_images", "ema_rampup"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "cooldown"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name}: expected 0 to 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}: expected 0 to below 1, got {getattr(self, name)}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"optimizer.cooldown: expected 0 to 1, got {self.cooldown}")
         for name in ("clip_norm", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}: expected 0 or more, got {getattr(self, name)}")
@@ -82,7 +88,7 @@ class TrainingConfig:
     """The loop."""
 
     iterations: int = 1000
-    """Generator updates."""
+    """Rounds of the method: fake_score_updates of the fake score, then one of the generator."""
     batch_size: int = 32
     """Images an update, over all processes."""
     accumulate: int = 1
@@ -108,7 +114,9 @@ class TrainingConfig:
         for name in ("iterations", "batch_size", "accumulate", "fake_score_updates", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("generator_start_images", "seed", "grid_every"):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"training.seed: expected 0 to {2**32 - 1}, got {self.seed}")
+        for name in ("generator_start_images", "grid_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
@@ -182,18 +190,15 @@ def load_config(name: str | None = None, overrides: list[str] | None = None) -> 
             shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
             raise ValueError(f"--config: expected a .toml file or one of {shipped}; no such file: {name!r}")
         values, source = read_toml(path), str(path)
-    config = config_from_dict(values, source)
-    if not overrides:
-        return config
-    flat = config.flat()
-    for text in overrides:
+    flat = Config().flat()
+    for text in overrides or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"--set: expected section.key=value, got {text!r}")
         section, _, name_ = key.partition(".")
         check_key(key, flat, "--set")
         values.setdefault(section, {})[name_] = _parse_value(value, isinstance(flat[key], str))
-    return config_from_dict(values, "--set" if name is None else f"{source} with --set")
+    return config_from_dict(values, f"{source} with --set" if name and overrides else source)
 
 
 def _parse_value(text: str, is_text: bool) -> Any:
@@ -245,6 +250,8 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
         raise ValueError(f"{where}: expected {names[kind]}, got {value!r}")

@@ -181,18 +181,19 @@ class Distiller:
         eps = self._noise(len(x_g), rng)
         return add_noise(x_g, sigma, eps), sigma, eps
 
-    def drop_prompts(self, cond: Conditioning, rng: torch.Generator) -> Conditioning:
-        """Replaces a share of the prompts by the unconditional embedding, where the fake score is asked both ways."""
-        if not self.guidance.fake_needs_both or self.method.prompt_dropout == 0:
-            return cond
-        dropped = torch.rand(len(cond), generator=rng, device=rng.device) < self.method.prompt_dropout
-        return cond.where(dropped, self.unconditional)
+    def draw_dropped(self, batch: int, rng: torch.Generator) -> Tensor:
+        """Which prompts the fake score's update replaces by the unconditional embedding: a share of them, where the
+        fake score is asked both ways, else none. Boolean, [B].
+        """
+        share = self.method.prompt_dropout if self.guidance.fake_needs_both else 0.0
+        return torch.rand(batch, generator=rng, device=rng.device) < share
 
     def fake_score_loss(
         self, cond: Conditioning, step: int, rng: torch.Generator, real: RealBatch | None = None
     ) -> Losses:
         """The fake score learns to denoise what the generator makes now (and to tell it from ``real``)."""
-        told = self.drop_prompts(cond, rng)
+        dropped = self.draw_dropped(len(cond), rng)
+        told = cond.where(dropped, self.unconditional)
         with torch.no_grad():
             x_g = self.rollout(told if self.method.prompt_dropout_in == "generator" else cond, step, rng)
         x_t, sigma, eps = self.perturb(x_g, rng)
@@ -203,7 +204,9 @@ class Distiller:
         fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         # Real latents are noised with the same t, so that the discriminator cannot tell them by their noise level.
         real_t = add_noise(real.latents, sigma, self._noise(len(x_g), rng))
-        real_logits = self.fake_score(real_t, sigma, real.cond, output="logits")
+        # As many of its prompts are dropped, so that no text does not mean generated.
+        real_cond = real.cond.where(dropped, self.unconditional)
+        real_logits = self.fake_score(real_t, sigma, real_cond, output="logits")
         weight = self.gan.discriminator_weight * x_g[0].numel()
         return {
             "fake_score": fake_score_loss(fake_x0, x_t, sigma, eps).mean(),

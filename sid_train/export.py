@@ -26,6 +26,8 @@ def make_recipe(config: Config, bundle: ModelBundle, iterations: int, images_see
         base_model=bundle.name,
         architecture=bundle.architecture,
         prediction_type=bundle.denoiser.prediction_type,
+        zero_terminal_snr=bundle.zero_terminal_snr,
+        unconditional=config.model.unconditional,
         timesteps=tuple(timestep_ladder(method.steps, method.t_init)),
         t_init=method.t_init,
         noise_mode=method.noise_mode,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from .callbacks import Callback, Progress
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Facts, load_checkpoint, save_checkpoint
 from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
 from .core.recipe import SiDRecipe
 from .data import PairSource, PromptTable, load_prompts
@@ -36,7 +36,7 @@ class Trainer:
 
     def __init__(self, config: Config, run_dir: Path, callbacks: list[Callback] | None = None):
         self.config, self.run_dir = config, run_dir
-        _claim_run_dir(config, run_dir)
+        _check_run_dir(config, run_dir)
         training, optimizer = config.training, config.optimizer
         seed_everything(training.seed)
         self.accelerator = Accelerator(
@@ -53,6 +53,10 @@ class Trainer:
         self.micro_batch = training.batch_size // (self.accelerator.num_processes * training.accumulate)
 
         self.bundle = load_model(config.model.teacher)
+        if self.bundle.recipe is not None:
+            raise ValueError(
+                f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model"
+            )
         teacher = self.bundle.denoiser.to(device).eval().requires_grad_(False)
         generator = copy.deepcopy(teacher)
         if config.model.init_generator:
@@ -77,7 +81,7 @@ class Trainer:
             self.fake_score,
             teacher,
             self.bundle.denoiser.schedule,
-            self.bundle.conditioner.encode([""]).to(device),
+            self.bundle.unconditional(config.model.unconditional).to(device),
             self.bundle.latent_shape,
             config.method,
             config.gan,
@@ -88,6 +92,9 @@ class Trainer:
         self.images_seen = 0  # drawn for the fake score, over all ranks
         if (run_dir / CHECKPOINT_FILE).is_file():
             self._load()
+        elif self.accelerator.is_main_process:
+            # Not before everything above accepted it: a folder is claimed by a run that can start.
+            write_text(run_dir / CONFIG_FILE, config.to_toml())
         self.callbacks = [Progress(training.log_every), *(callbacks or [])] if self.accelerator.is_main_process else []
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -109,7 +116,7 @@ class Trainer:
                 if stopping or done or self.iteration - last_save >= training.checkpoint_every:
                     self.save()
                     last_save = self.iteration
-                if stopping and not done:
+                if stopping:
                     self._tell(lambda c: c.on_end(self))
                     raise Interrupted(f"stopped and saved after iteration {self.iteration} of {training.iterations}")
         self._tell(lambda c: c.on_end(self))
@@ -208,15 +215,17 @@ class Trainer:
                 self._networks(),
                 self._optimizers(),
                 {"rng": rng_states, "shared_rng": [self.shared_rng.get_state()]},
-                {"iteration": self.iteration, "images_seen": self.images_seen},
+                {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash},
             )
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
-        path, rank = self.run_dir / CHECKPOINT_FILE, self.accelerator.process_index
-        counters = load_checkpoint(path, self._networks(), self._optimizers(), {"rng": self.rng}, rank)
-        load_checkpoint(path, {}, {}, {"shared_rng": self.shared_rng})
-        self.iteration, self.images_seen = counters["iteration"], counters["images_seen"]
+        path = self.run_dir / CHECKPOINT_FILE
+        ranks = (self.accelerator.process_index, self.accelerator.num_processes)
+        facts = load_checkpoint(path, self._networks(), self._optimizers(), {"rng": (self.rng, *ranks)})
+        load_checkpoint(path, {}, {}, {"shared_rng": (self.shared_rng, 0, 1)})
+        _check_teacher(facts, self.bundle, path)
+        self.iteration, self.images_seen = int(facts["iteration"]), int(facts["images_seen"])
 
     def _networks(self) -> dict[str, nn.Module]:
         return {
@@ -232,11 +241,9 @@ class Trainer:
         }
 
 
-def _claim_run_dir(config: Config, run_dir: Path) -> None:
-    """Stores the configuration in a new run folder; in a used one it must be the same."""
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
-        write_text(path, config.to_toml())
+def _check_run_dir(config: Config, run_dir: Path) -> None:
+    """A folder that holds a run must hold one with the same configuration."""
+    if not (run_dir / CONFIG_FILE).is_file():
         return
     stored = load_run_config(run_dir).flat()
     differ = [
@@ -266,8 +273,17 @@ def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
     if not path.is_file():
         raise ValueError(f"{run_dir}: the run has no checkpoint yet")
     bundle = load_model(config.model.teacher)
-    counters = load_checkpoint(path, {"generator_ema": bundle.denoiser}, {}, {})
-    return bundle, make_recipe(config, bundle, counters["iteration"], counters["images_seen"])
+    facts = load_checkpoint(path, {"generator_ema": bundle.denoiser}, {}, {})
+    _check_teacher(facts, bundle, path)
+    return bundle, make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
+
+
+def _check_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:
+    if facts["teacher"] != bundle.file_hash:
+        raise ValueError(
+            f"{path}: the run was distilled from a teacher with SHA-256 {facts['teacher']}, but the file now has "
+            f"{bundle.file_hash}: put the old one back, or start another run"
+        )
 
 
 def _load_init_generator(source: str, teacher: ModelBundle) -> nn.Module:

@@ -237,8 +237,9 @@ def test_dropped_prompts(where, make, cond, unconditional, record_calls, rng):
 
 
 @pytest.mark.parametrize("guidance", ["none", "zero-cfg"])
-def test_prompts_are_kept_where_the_fake_score_is_asked_one_way(guidance, make, cond, rng):
-    assert make(guidance=guidance, prompt_dropout=0.9).drop_prompts(cond, rng) is cond
+def test_prompts_are_kept_where_the_fake_score_is_asked_one_way(guidance, make, rng):
+    assert not make(guidance=guidance, prompt_dropout=0.9).draw_dropped(100, rng).any()
+    assert make(guidance="lsg=2", prompt_dropout=0.9).draw_dropped(100, rng).float().mean() > 0.7
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -255,20 +256,20 @@ def test_v_prediction_runs(zero_snr, make, cond, real, rng):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_fake_score_learns_what_the_generator_makes(prediction_type, make, cond):
-    distiller = make(prediction_type=prediction_type, steps=2)
+    distiller = make(prediction_type=prediction_type, steps=1)
     many = type(cond).cat([cond] * 4)
 
     @torch.no_grad()
     def validate():
-        return distiller.fake_score_loss(type(cond).cat([cond] * 16), 2, seeded(99))["fake_score"].item()
+        return distiller.fake_score_loss(type(cond).cat([cond] * 8), 1, seeded(99))["fake_score"].item()
 
     before, rng = validate(), seeded(0)
     optimizer = torch.optim.Adam(distiller.fake_score.parameters(), lr=1e-3, betas=(0.0, 0.999))
     for _ in range(20):
         optimizer.zero_grad()
-        distiller.fake_score_loss(many, distiller.draw_step(rng), rng)["fake_score"].backward()
+        distiller.fake_score_loss(many, 1, rng)["fake_score"].backward()
         optimizer.step()
-    assert validate() < 0.9 * before  # measured: 0.80 (eps), 0.86 (v)
+    assert validate() < 0.92 * before  # measured: 0.83 (eps), 0.84 (v)
 
 
 # -- the network wrapper -----------------------------------------------------------------------------------------------

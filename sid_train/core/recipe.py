@@ -7,6 +7,7 @@ never changes how it is sampled; only ``sid.sampling.*`` does.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -89,15 +90,25 @@ class SiDRecipe:
             raise RecipeError(f"sid.{error}") from None
         if steps[0] != self.t_init:
             raise RecipeError(f"sid.t_init: expected {steps[0]}, the first of sid.timesteps, got {self.t_init}")
-        if self.ladder == "sid" and list(steps) != timestep_ladder(len(steps), self.t_init):
-            raise RecipeError(
-                f"sid.timesteps: {list(steps)} disagree with t_init {self.t_init}, whose ladder of {len(steps)} steps "
-                f"is {timestep_ladder(len(steps), self.t_init)}"
-            )
+        if self.ladder == "sid":
+            try:
+                expected = timestep_ladder(len(steps), self.t_init)
+            except ValueError as error:
+                raise RecipeError(f"sid.{error}") from None
+            if list(steps) != expected:
+                raise RecipeError(
+                    f"sid.timesteps: {list(steps)} disagree with t_init {self.t_init}, whose ladder of {len(steps)} "
+                    f"steps is {expected}"
+                )
         if min(self.training_resolution) <= 0:
             raise RecipeError(f"sid.training_resolution: expected two sizes above 0, got {self.training_resolution}")
-        if not self.sampling_cfg >= 0:
-            raise RecipeError(f"sid.sampling.cfg: expected 0 or more, got {self.sampling_cfg}")
+        for scale in ("fake_train", "fake_eval", "teacher"):
+            if not math.isfinite(getattr(self.guidance, scale)):
+                raise RecipeError(
+                    f"sid.guidance.{scale}: expected a finite number, got {getattr(self.guidance, scale)}"
+                )
+        if not 0 <= self.sampling_cfg < math.inf:
+            raise RecipeError(f"sid.sampling.cfg: expected a finite number from 0, got {self.sampling_cfg}")
 
     @property
     def steps(self) -> int:
@@ -147,6 +158,8 @@ class SiDRecipe:
         """Reads what ``to_metadata`` wrote. ``source`` names the file in errors (RecipeError)."""
         reader = _Reader(metadata or {}, str(source))
         version = reader.number("sid.format_version", int)
+        if version < 1:
+            raise reader.error("sid.format_version", f"expected 1 to {FORMAT_VERSION}, got {version}")
         if version > FORMAT_VERSION:
             raise reader.error(
                 "sid.format_version", f"expected at most {FORMAT_VERSION}, got {version}: update ComfyUI-SiD"
@@ -260,6 +273,7 @@ PRESETS: dict[str, SiDRecipe] = {
     "SiD 999 (2 steps)": _preset((999, 499), ladder="sid"),
     "SiD 999 (1 step)": _preset((999,), ladder="sid"),
     "DMD2 (4 steps)": _preset((999, 749, 499, 249)),
+    # DMD2 gives its one-step network noise of unit variance, the chain here noise of variance 1 - abar_399 = 0.57.
     "DMD2 (1 step)": _preset((399,)),
     "LCM (4 steps)": _preset((999, 759, 499, 259)),
     "Lightning (8 steps)": _preset((999, 874, 749, 624, 499, 374, 249, 124), "ddim"),

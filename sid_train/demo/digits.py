@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def held_out(self) -> bool:
-        """True for the digit-colour pairs (one colour a digit) that no training ever sees."""
+        """True for the digit-colour pairs (one colour a digit) that neither teacher nor generator is trained on."""
         return self.colour == self.digit % len(COLOURS)
 
 
@@ -61,7 +61,10 @@ HELD_OUT_SUBJECTS = tuple(s for s in SUBJECTS if s.held_out)
 
 def load_split(split: Split) -> tuple[Tensor, Tensor]:
     """The digits of one of three disjoint splits: images [N, 8, 8] in [0, 1] and labels [N]."""
-    from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
+    try:
+        from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
+    except ImportError:
+        raise ValueError("the demo's digits come with scikit-learn: pip install scikit-learn") from None
 
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(SPLIT_SEED))

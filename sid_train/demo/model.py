@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -119,7 +120,10 @@ class DigitCodec:
 
 def load_file_bundle(path: Path) -> ModelBundle:
     """The teacher, or a generator that was exported from it: fp32 on the CPU."""
-    tensors = {k: v.float() for k, v in load_file(path).items()}
+    try:
+        tensors = {k: v.float() for k, v in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"model {path}: not a whole safetensors file: {error}") from None
     unet, conditioner = build_unet(), DigitConditioner()
     for module, prefix in ((unet, "unet."), (conditioner, "text_encoder.")):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

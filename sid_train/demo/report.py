@@ -24,17 +24,17 @@ INK, FAINT, PAPER = (30, 32, 36), (110, 114, 120), (255, 255, 255)
 
 TITLES = {
     "real_floor": "real digits (the floor)",
-    "teacher_many_step": "teacher, many steps",
-    "undistilled": "teacher's weights on our ladder",
-    "sid": "SiD, distilled",
+    "teacher_many_step": "teacher",
+    "undistilled": "teacher on our timesteps",
+    "sid": "SiD",
 }
 FIGURES = {
     "frechet": ("Frechet", "lower is better", ".3f"),
     "frechet_pixel": ("pixel Frechet", "lower is better", ".3f"),
-    "prompt_accuracy": ("prompt accuracy", "higher is better", ".3f"),
+    "prompt_accuracy": ("accuracy", "higher is better", ".3f"),
     "precision": ("precision", "higher is better", ".3f"),
     "recall": ("recall", "higher is better", ".3f"),
-    "high_frequency": ("high frequency", "1 is real", ".2f"),
+    "high_frequency": ("high freq.", "1 is real", ".2f"),
 }
 
 
@@ -60,7 +60,10 @@ def make_grid(comparison: Comparison) -> Image.Image:
     half = len(comparison.subjects) // 2
     per_prompt = len(comparison.pictures[0][1]) // len(comparison.subjects)
     for b, title in enumerate(
-        ("Digit-colour pairs that no training ever saw", "Prompts that the teacher and the generator were trained on")
+        (
+            "Digit-colour pairs that neither teacher nor generator was trained on",
+            "Prompts that the teacher and the generator were trained on",
+        )
     ):
         top = b * block
         draw.text((10, top + 10), title, INK, bold)
@@ -83,20 +86,24 @@ def make_grid(comparison: Comparison) -> Image.Image:
 def format_table(metrics: dict) -> str:
     """The figures for a terminal."""
     lines = []
-    heads = "".join(f"{title:>16}" for title, _, _ in FIGURES.values())
+    heads = "".join(f"{title:>14}" for title, _, _ in FIGURES.values())
     for title, key in (("Held-out prompts", "rows"), ("Trained prompts", "rows_trained_prompts")):
         count = f"{title} ({metrics[key][0]['images']} images a row)"
-        lines.append(f"\n{count:<44}{heads}")
+        lines.append(f"\n{count:<42}{heads}")
         for row in metrics[key]:
-            figures = "".join(f"{row[f]:>16{fmt}}" for f, (_, _, fmt) in FIGURES.items())
-            lines.append(f"  {row_title(row):<42}" + figures)
+            figures = "".join(f"{row[f]:>14{fmt}}" for f, (_, _, fmt) in FIGURES.items())
+            lines.append(f"  {row_title(row):<40}" + figures)
     return "\n".join(lines)
+
+
+def count_steps(steps: int) -> str:
+    return f"{steps} step" + "s" * (steps > 1)
 
 
 def row_title(row: dict) -> str:
     title = TITLES[row["name"]]
     if row["steps"]:
-        title += f", {row['steps']} step" + "s" * (row["steps"] > 1)
+        title += f", {count_steps(row['steps'])}"
     if row["guidance_scale"] != 1:
         title += f", CFG {row['guidance_scale']:g}"
     return title
@@ -116,18 +123,14 @@ def make_report(metrics: dict, recipe: SiDRecipe, comparison: Comparison, curve_
         for name, title in (
             ("fake_score", "Fake score"),
             ("sid", "Generator (SiD)"),
-            ("discriminator", "Discriminator"),
-            ("gan", "Generator (GAN)"),
         )
-        if any(name in e["losses"] for e in losses)
     )
     frechet = _figure(
         [(e["iteration"], e["frechet"]) for e in curve],
         "Frechet distance of the averaged generator, held-out prompts (512 images, so it reads higher than the table)",
-        {},
     )
     return PAGE.format(
-        steps=metrics["steps"],
+        steps=count_steps(metrics["steps"]),
         plural="s" * (metrics["steps"] > 1),
         guidance=html.escape(metrics["guidance"]),
         seed=metrics["seed"],
@@ -141,7 +144,7 @@ def make_report(metrics: dict, recipe: SiDRecipe, comparison: Comparison, curve_
         tables="".join(
             _table(metrics[key], caption)
             for key, caption in (
-                ("rows", "Prompts whose digit-colour pair no training ever saw"),
+                ("rows", "Prompts whose digit-colour pair neither teacher nor generator was trained on"),
                 ("rows_trained_prompts", "Prompts of the training set"),
             )
         ),
@@ -162,13 +165,13 @@ def _table(rows: list[dict], caption: str) -> str:
     return f"<table><caption>{caption}</caption><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _figure(points: list[tuple[int, float]], title: str, marks: dict[str, float]) -> str:
+def _figure(points: list[tuple[int, float]], title: str) -> str:
     """A line chart as SVG."""
     if len(points) < 2:
         return ""
     width, height, left, bottom = 460, 180, 54, 26
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys + list(marks.values())), max(ys + list(marks.values()))
+    low, high = min(ys), max(ys)
     high = high if high > low else low + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -214,11 +217,11 @@ polyline {{ fill: none; stroke: #2b6cb0; stroke-width: 2 }} circle {{ fill: #2b6
 .axis {{ fill: none; stroke: #c4c8cd }}
 pre {{ background: #f6f7f8; padding: 1rem; overflow-x: auto; border-radius: 6px; font-size: .85rem }}
 </style></head><body>
-<h1>{steps} step{plural} instead of many</h1>
+<h1>{steps} instead of many</h1>
 <p class="lead">A small text-to-image diffusion model of coloured handwritten digits, distilled on this machine with
 Score identity Distillation from prompts alone: {ours} network call{plural} a picture where the teacher makes {calls}.
-On prompts that no training saw, its Frechet distance to real digits is {ratio} times the teacher's, and a classifier
-finds what was asked for in {accuracy} of the pictures (teacher: {teacher_accuracy}).</p>
+On prompts that neither was trained on, its Frechet distance to real digits is {ratio} times the teacher's, and a
+classifier finds what was asked for in {accuracy} of the pictures (teacher: {teacher_accuracy}).</p>
 <h2>Same prompts, same noise</h2>
 <img alt="Pictures of the teacher and of the distilled generator for the same prompts"
  src="data:image/png;base64,{picture}">
@@ -226,7 +229,7 @@ finds what was asked for in {accuracy} of the pictures (teacher: {teacher_accura
 {tables}
 <p>The floor is real digits of the teacher's own split. Frechet distance, precision and recall are taken in the features
 of a classifier trained on other digits; the reference digits trained neither. Pixel Frechet and high frequency see the
-speckle that a classifier forgives. The middle row, the teacher's weights on our timesteps without distillation, is
+speckle that a classifier forgives. The third row, the teacher's weights on our timesteps without distillation, is
 what distillation has to beat.</p>
 <h2>The run</h2>
 <div class="curves">{curves}</div>

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -24,13 +24,13 @@ from ..trainer import Trainer
 from .baselines import SAMPLING_SEED, SUBJECT_SETS, TEACHER_STEPS, evaluation_subjects, load_baselines, teacher_images
 from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
 from .metrics import DigitEvaluator, Row
-from .report import Comparison, format_table, make_grid, make_report
+from .report import Comparison, count_steps, format_table, make_grid, make_report
 
 CURVE_FILE = "curve.jsonl"
 CURVE_IMAGES = 512
 CURVE_POINTS = 6
-CALIBRATION_ITERATIONS = 6
-# Loading, export, evaluation, pictures and report on two CPU cores, in seconds at K = 4; only --minutes asks.
+CALIBRATION_ITERATIONS = 8
+# Loading, export, evaluation, pictures and report on two CPU cores, in seconds, for --minutes.
 OTHER_SECONDS = 60
 PICTURES_PER_PROMPT = 4
 
@@ -44,7 +44,7 @@ class FrechetCurve(Callback):
     def on_start(self, trainer: Trainer) -> None:
         self.evaluator = DigitEvaluator(self.subjects)
         self.cond = trainer.bundle.conditioner.encode([s.prompt for s in self.subjects])
-        rewind_log(trainer.run_dir / CURVE_FILE, trainer.iteration)
+        rewind_log(trainer.run_dir / CURVE_FILE, trainer.iteration or -1)
         if trainer.iteration == 0:
             self._measure(trainer)
 
@@ -94,6 +94,7 @@ def run_demo(
     run_dir = out / "run"
     config.training.iterations = _decide_iterations(config, out, minutes)
     trainer = Trainer(config, run_dir, [FrechetCurve()])
+    print(config.to_toml(), flush=True)
     if trainer.iteration < config.training.iterations:
         print(
             f"Distilling the embedded teacher into a {steps}-step generator: {config.training.iterations} iterations, "
@@ -142,16 +143,27 @@ def _decide_iterations(config: Config, out: Path, minutes: float | None) -> int:
         if kept["minutes"] != minutes:
             raise ValueError(f"--minutes: {out} holds a run of {kept['minutes']:g} minutes, not {minutes:g}")
         return kept["iterations"]
-    with TemporaryDirectory() as folder:
-        trial = Trainer(replace(config, training=replace(config.training, tracker="none")), Path(folder))
-        trial.train_iteration()  # the first is slower
-        begin = time.monotonic()
-        for _ in range(CALIBRATION_ITERATIONS):
-            trial.train_iteration()
-        seconds = (time.monotonic() - begin) / CALIBRATION_ITERATIONS
-    iterations = max(1, int((minutes * 60 - OTHER_SECONDS) / seconds))
+    if (out / "run").exists():
+        raise ValueError(f"--minutes: {out} holds a run that was started without it: choose another --out")
+    iterations = int((minutes * 60 - OTHER_SECONDS) / _seconds_per_iteration(config))
+    if iterations < 1:
+        raise ValueError(f"--minutes: expected at least {OTHER_SECONDS // 60 + 1}, got {minutes:g}")
     write_text(path, json.dumps({"minutes": minutes, "iterations": iterations}) + "\n")
     return iterations
+
+
+def _seconds_per_iteration(config: Config) -> float:
+    """Measured on a run that is thrown away, every step k the same number of times."""
+    with TemporaryDirectory() as folder:
+        trial = Trainer(replace(config, training=replace(config.training, tracker="none")), Path(folder))
+        steps = itertools.cycle(range(1, config.method.steps + 1))
+        trial.distiller.draw_step = lambda rng: next(steps)
+        trial.train_iteration()  # the first is slower
+        count = config.method.steps * max(1, CALIBRATION_ITERATIONS // config.method.steps)
+        begin = time.monotonic()
+        for _ in range(count):
+            trial.train_iteration()
+        return (time.monotonic() - begin) / count
 
 
 def evaluate_generator(source: str) -> dict:
@@ -190,9 +202,12 @@ def _comparison(teacher: ModelBundle, generator: ModelBundle, recipe: SiDRecipe,
     shown = _shown_subjects(HELD_OUT_SUBJECTS) + _shown_subjects(TRAINING_SUBJECTS)
     prompts = [s.prompt for s in shown for _ in range(PICTURES_PER_PROMPT)]
     pictures: list[tuple[str, Tensor]] = [
-        (f"teacher, {TEACHER_STEPS} steps, CFG {scale:g}", teacher_images(teacher, prompts, scale, SAMPLING_SEED)),
-        (f"teacher, {recipe.steps} step(s)", sample_images(teacher, recipe, prompts, SAMPLING_SEED)),
-        (f"SiD, {recipe.steps} step(s)", sample_images(generator, recipe, prompts, SAMPLING_SEED)),
+        (
+            f"teacher, {count_steps(TEACHER_STEPS)}, CFG {scale:g}",
+            teacher_images(teacher, prompts, scale, SAMPLING_SEED),
+        ),
+        (f"teacher, {count_steps(recipe.steps)}", sample_images(teacher, recipe, prompts, SAMPLING_SEED)),
+        (f"SiD, {count_steps(recipe.steps)}", sample_images(generator, recipe, prompts, SAMPLING_SEED)),
     ]
     return Comparison(shown, pictures)
 
@@ -205,5 +220,11 @@ def _shown_subjects(subjects: tuple[Subject, ...]) -> list[Subject]:
 
 def peak_memory_mib() -> float:
     """The largest resident set of this process so far."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -6,8 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.recipe import SiDRecipe, has_recipe, read_safetensors_metadata
-from .conditioning import Conditioner, LatentCodec
+import torch
+
+from ..core.recipe import SiDRecipe, Unconditional, has_recipe, read_safetensors_metadata
+from .conditioning import Conditioner, Conditioning, LatentCodec
 from .unet import UNetDenoiser
 
 
@@ -29,7 +31,15 @@ class ModelBundle:
     image_size: tuple[int, int]
     file_hash: str
     licence: str
+    zero_terminal_snr: bool = False
     recipe: SiDRecipe | None = None
+
+    def unconditional(self, kind: Unconditional) -> Conditioning:
+        """The embedding without text, a single row: ``empty`` encodes "", ``zeros`` is diffusers' default for SDXL."""
+        empty = self.conditioner.encode([""])
+        if kind == "empty":
+            return empty
+        return Conditioning(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled), empty.time_ids)
 
 
 def load_model(source: str) -> ModelBundle:

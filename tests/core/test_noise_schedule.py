@@ -31,7 +31,9 @@ def test_integer_timesteps_survive_the_round_trip_through_sigma(zero_snr):
     schedule = NoiseSchedule.sdxl(zero_snr)
     t = torch.arange(1000)
     assert len(schedule) == 1000
-    assert torch.equal(schedule.timestep(schedule.sigma(t)), t.float())
+    sigma = schedule.sigma(t)
+    for rounding in (-2e-7, 0, 2e-7):  # what another program's arithmetic does to a sigma
+        assert torch.equal(schedule.timestep(sigma * (1 + rounding)), t.float())
     assert schedule.sigma(t.reshape(10, 100)).shape == (10, 100)
 
 

@@ -111,8 +111,8 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.zero_terminal_snr", "True", "expected true or false, got 'True'"),
         ("sid.steps", "four", "expected an integer, got 'four'"),
         ("sid.steps", "3", "expected 4, the number of sid.timesteps, got 3"),
-        ("sid.timesteps", "625;468", "expected an integers joined by ',', got '625;468'"),
-        ("sid.timesteps", "", "expected an integers joined by ',', got ''"),
+        ("sid.timesteps", "625;468", "integers joined by ',', got '625;468'"),
+        ("sid.timesteps", "", "integers joined by ',', got ''"),
         ("sid.timesteps", "625,468,312,157", "disagree with t_init 625"),
         ("sid.timesteps", "156,312,468,625", "expected 1 to 8 integers that fall"),
         ("sid.timesteps", "1000,750,500,250", "expected 1 to 8 integers that fall"),
@@ -121,7 +121,7 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.ladder", "karras", "expected one of sid, explicit, got 'karras'"),
         ("sid.noise_mode", "euler", "expected one of fresh, fixed, ddim, got 'euler'"),
         ("sid.training_resolution", "1024", "expected HEIGHTxWIDTH, got"),
-        ("sid.training_resolution", "1024x", "expected an integers joined by 'x', got '1024x'"),
+        ("sid.training_resolution", "1024x", "integers joined by 'x', got '1024x'"),
         ("sid.training_resolution", "0x1024", "expected two sizes above 0"),
         ("sid.unconditional", "none", "expected one of empty, zeros, got 'none'"),
         ("sid.guidance.teacher", "high", "expected a number, got 'high'"),
@@ -174,6 +174,16 @@ def test_other_files_are_named_in_the_error(content, tmp_path):
     with pytest.raises(RecipeError) as error:
         read_recipe(path)
     assert str(error.value).startswith(f"{path}: expected a safetensors file, but its header cannot be read")
+
+
+@pytest.mark.xfail(strict=True, reason="values that are not strings reach str.split and int() unchecked")
+@pytest.mark.parametrize(("key", "value"), [("sid.timesteps", 625), ("sid.steps", [4]), ("sid.training_summary", {})])
+def test_header_values_that_are_no_strings_are_errors_of_the_recipe(key, value, tmp_path):
+    header = json.dumps({"__metadata__": SiDRecipe().to_metadata() | {key: value}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(RecipeError, match=rf"model\.safetensors: .*{key}"):
+        read_recipe(path)
 
 
 def test_training_guidance_is_a_fact_and_changes_no_instruction_for_sampling():

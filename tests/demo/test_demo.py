@@ -57,7 +57,7 @@ def test_the_demo_writes_what_it_promises(whole):
     assert "data:image/png;base64," in page
     assert 'src="http' not in page
     assert "undistilled" not in text  # the table speaks to people
-    assert "teacher's weights on our ladder" in text
+    assert "teacher on our timesteps" in text
 
 
 def test_a_killed_demo_continues_to_the_same_figures(whole, tmp_path):
