@@ -15,7 +15,7 @@ from ..files import write_text
 from ..guidance import guided_denoise
 from ..models.bundle import ModelBundle, file_sha256
 from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject
-from .metrics import CLASSIFIER_FILE, DigitEvaluator, Row
+from .metrics import CLASSIFIER_FILE, REFERENCE_SEED, DigitEvaluator, Row
 from .model import ASSETS, TEACHER_FILE
 
 IMAGES = 2048
@@ -86,15 +86,22 @@ def compute_baselines(bundle: ModelBundle, progress: bool = True) -> dict[str, l
     return rows
 
 
-def _cache_key() -> dict[str, str]:
-    return {"teacher": file_sha256(TEACHER_FILE), "classifier": file_sha256(CLASSIFIER_FILE)}
+def cache_key() -> dict:
+    """What the cached rows depend on."""
+    return {
+        "teacher": file_sha256(TEACHER_FILE),
+        "classifier": file_sha256(CLASSIFIER_FILE),
+        "images": IMAGES,
+        "teacher_steps": TEACHER_STEPS,
+        "seeds": [REFERENCE_SEED, FLOOR_SEED, SAMPLING_SEED],
+    }
 
 
 def load_baselines(bundle: ModelBundle, recompute: bool = False) -> dict[str, list[Row]]:
     """The baselines from the cache beside the weights if it was made with these weights, else computed anew."""
     if not recompute and CACHE_FILE.is_file():
         cached = json.loads(CACHE_FILE.read_text())
-        if cached["made_with"] == _cache_key():
+        if cached["made_with"] == cache_key():
             return {name: [Row(**r) for r in rows] for name, rows in cached["rows"].items()}
     return compute_baselines(bundle)
 
@@ -104,7 +111,7 @@ def main() -> None:
     from ..models.bundle import load_model
 
     rows = compute_baselines(load_model("demo"))
-    content = {"made_with": _cache_key(), "rows": {name: [r.to_dict() for r in rs] for name, rs in rows.items()}}
+    content = {"made_with": cache_key(), "rows": {name: [r.to_dict() for r in rs] for name, rs in rows.items()}}
     write_text(CACHE_FILE, json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
 

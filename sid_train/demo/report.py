@@ -119,7 +119,7 @@ def make_report(metrics: dict, recipe: SiDRecipe, comparison: Comparison, curve_
     curve = read_log(curve_file)
     losses = read_log(curve_file.with_name("log.jsonl"))
     loss_curves = "".join(
-        _figure([(e["iteration"], e["losses"][name]) for e in losses if name in e["losses"]], f"{title} loss", {})
+        _figure([(e["iteration"], e["losses"][name]) for e in losses if name in e["losses"]], f"{title} loss")
         for name, title in (
             ("fake_score", "Fake score"),
             ("sid", "Generator (SiD)"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sid_train.core.noise_schedule import NoiseSchedule
-from sid_train.demo.baselines import CACHE_FILE, _cache_key
+from sid_train.demo.baselines import CACHE_FILE, cache_key
 from sid_train.demo.digits import (
     HELD_OUT_SUBJECTS,
     SPLIT_SIZES,
@@ -60,7 +60,7 @@ def test_conditioner_tells_prompts_apart_and_names_unknown_words():
 
 def test_shipped_weights_are_small_and_the_cached_rows_are_theirs():
     assert TEACHER_FILE.stat().st_size + CLASSIFIER_FILE.stat().st_size < 10_000_000
-    assert json.loads(CACHE_FILE.read_text())["made_with"] == _cache_key()
+    assert json.loads(CACHE_FILE.read_text())["made_with"] == cache_key()
 
 
 def test_the_teacher_denoises_real_digits_it_never_saw():
