@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from sid_train.callbacks import Callback, Grids, read_log
@@ -20,6 +21,14 @@ from sid_train.trainer import CHECKPOINT_FILE, Trainer, load_run_generator
 def small(*overrides: str, iterations: int = 4):
     base = ["training.batch_size=4", "training.tracker=none", "training.log_every=1", "method.steps=2"]
     return load_config("demo", [*base, f"training.iterations={iterations}", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator():
+    """accelerate keeps one state a process, and refuses another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class SignalAfter(Callback):

@@ -300,6 +300,8 @@ class _Reader:
         if value is None:
             hint = "" if has_recipe(self.metadata) else " (the file carries no SiD recipe: choose a preset for it)"
             raise self.error(key, f"expected in the file's metadata, but it is missing{hint}")
+        if not isinstance(value, str):  # a hand-made header
+            raise self.error(key, f"expected text, got {value!r}")
         return value
 
     def number(self, key: str, kind: type, default: str | None = None) -> Any:
