@@ -6,8 +6,7 @@ generator, each on fresh samples of the generator's k-th step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,7 +133,13 @@ class Distiller:
         self.schedule, self.unconditional, self.latent_shape = schedule, unconditional, latent_shape
         self.method, self.gan = method, gan or GANConfig()
         self.guidance = GuidanceStrategy.parse(method.guidance)
+        parameters = fake_score.parameters() if isinstance(fake_score, nn.Module) else []
+        self._fake_score_parameters = [p for p in parameters if p.requires_grad]
         self.sigmas = ladder_sigmas(schedule, timestep_ladder(method.steps, method.t_init))
+
+    def _let_fake_score_learn(self, learn: bool) -> None:
+        for parameter in self._fake_score_parameters:
+            parameter.requires_grad_(learn)
 
     # -- draws ---------------------------------------------------------------------------------------------------
 
@@ -192,6 +197,7 @@ class Distiller:
         self, cond: Conditioning, step: int, rng: torch.Generator, real: RealBatch | None = None
     ) -> Losses:
         """The fake score learns to denoise what the generator makes now (and to tell it from ``real``)."""
+        self._let_fake_score_learn(True)
         dropped = self.draw_dropped(len(cond), rng)
         told = cond.where(dropped, self.unconditional)
         with torch.no_grad():
@@ -216,18 +222,22 @@ class Distiller:
     def generator_loss(self, cond: Conditioning, step: int, rng: torch.Generator, adversarial: bool = False) -> Losses:
         """The generator moves its k-th step's output towards the teacher's distribution.
 
-        ``adversarial`` adds the GAN term. The fake score's parameters get no gradient here.
+        ``adversarial`` adds the GAN term. The fake score's parameters are frozen from here until its own next loss, so
+        that they stay so while a backward pass with gradient checkpointing runs its blocks again.
         """
+        self._let_fake_score_learn(False)
         x_g = self.rollout(cond, step, rng)
         x_t, sigma, _ = self.perturb(x_g, rng)
-        with frozen(self.fake_score) as fake_score:
-            teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
-            ask = (fake_score, x_t, sigma, cond, self.unconditional, self.guidance.fake_eval)
-            logits = None
-            if adversarial:
-                fake_x0, logits = guided_denoise_with_logits(*ask)
-            else:
-                fake_x0 = guided_denoise(*ask)
+        teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
+        # A data-parallel wrapper is bypassed: it would wait for parameter gradients that never come.
+        fake_score = self.fake_score
+        fake_score = fake_score.module if isinstance(fake_score, DistributedDataParallel) else fake_score
+        ask = (fake_score, x_t, sigma, cond, self.unconditional, self.guidance.fake_eval)
+        logits = None
+        if adversarial:
+            fake_x0, logits = guided_denoise_with_logits(*ask)
+        else:
+            fake_x0 = guided_denoise(*ask)
         weight = sid_weight(x_g, teacher_x0, sigma, self.method.weighting)
         loss = sid_loss(teacher_x0, fake_x0, x_g, weight, self.method.alpha).mean()
         if logits is None:
@@ -235,20 +245,3 @@ class Distiller:
         # Equal halves, as in SiDA and SiD-DiT; the two weights set the balance.
         gan = generator_gan_loss(logits, weight, x_g[0].numel()).mean()
         return {"sid": 0.5 * self.gan.sid_weight * loss, "gan": 0.5 * self.gan.generator_weight * gan}
-
-
-@contextmanager
-def frozen(network: Denoiser) -> Iterator[Denoiser]:
-    """``network`` with gradients to its input only; none for its own parameters.
-
-    A data-parallel wrapper is bypassed: it would wait for parameter gradients that never come.
-    """
-    network = network.module if isinstance(network, DistributedDataParallel) else network
-    parameters = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield network
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)

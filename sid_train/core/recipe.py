@@ -164,41 +164,41 @@ class SiDRecipe:
             raise reader.error(
                 "sid.format_version", f"expected at most {FORMAT_VERSION}, got {version}: update ComfyUI-SiD"
             )
-        timesteps = reader.numbers("sid.timesteps", ",", int)
+        timesteps = reader.integers("sid.timesteps", ",")
         steps = reader.number("sid.steps", int)
         if steps != len(timesteps):
             raise reader.error("sid.steps", f"expected {len(timesteps)}, the number of sid.timesteps, got {steps}")
-        resolution = reader.numbers("sid.training_resolution", "x", int)
+        resolution = reader.integers("sid.training_resolution", "x")
         if len(resolution) != 2:
             raise reader.error("sid.training_resolution", f"expected HEIGHTxWIDTH, got {resolution}")
+        facts: dict[str, Any] = {
+            "base_model": reader.text("sid.base_model"),
+            "architecture": reader.text("modelspec.architecture"),
+            "prediction_type": reader.text("sid.prediction_type"),
+            "zero_terminal_snr": reader.boolean("sid.zero_terminal_snr"),
+            "timesteps": timesteps,
+            "t_init": reader.number("sid.t_init", int),
+            "ladder": reader.text("sid.ladder"),
+            "noise_mode": reader.text("sid.noise_mode"),
+            "training_resolution": (resolution[0], resolution[1]),
+            "base_model_hash": reader.text("sid.base_model_hash"),
+            "licence": reader.text("sid.licence"),
+            "title": reader.text("modelspec.title"),
+            "unconditional": reader.text("sid.unconditional"),
+            "guidance": TrainingGuidance(
+                strategy=reader.text("sid.guidance.strategy"),
+                fake_train=reader.number("sid.guidance.fake_train", float),
+                fake_eval=reader.number("sid.guidance.fake_eval", float),
+                teacher=reader.number("sid.guidance.teacher", float),
+            ),
+            "sampling_guidance": reader.text("sid.sampling.guidance", "none"),
+            "sampling_cfg": reader.number("sid.sampling.cfg", float, "1.0"),
+            "training_summary": reader.mapping("sid.training_summary"),
+        }
         try:
-            return cls(
-                base_model=reader.text("sid.base_model"),
-                architecture=reader.text("modelspec.architecture"),
-                prediction_type=reader.text("sid.prediction_type"),  # type: ignore[arg-type]  # checked on creation
-                zero_terminal_snr=reader.boolean("sid.zero_terminal_snr"),
-                timesteps=timesteps,
-                t_init=reader.number("sid.t_init", int),
-                ladder=reader.text("sid.ladder"),  # type: ignore[arg-type]
-                noise_mode=reader.text("sid.noise_mode"),  # type: ignore[arg-type]
-                training_resolution=(resolution[0], resolution[1]),
-                base_model_hash=reader.text("sid.base_model_hash"),
-                licence=reader.text("sid.licence"),
-                title=reader.text("modelspec.title"),
-                unconditional=reader.text("sid.unconditional"),  # type: ignore[arg-type]
-                guidance=TrainingGuidance(
-                    strategy=reader.text("sid.guidance.strategy"),
-                    fake_train=reader.number("sid.guidance.fake_train", float),
-                    fake_eval=reader.number("sid.guidance.fake_eval", float),
-                    teacher=reader.number("sid.guidance.teacher", float),
-                ),
-                sampling_guidance=reader.text("sid.sampling.guidance", "none"),  # type: ignore[arg-type]
-                sampling_cfg=reader.number("sid.sampling.cfg", float, "1.0"),
-                training_summary=reader.mapping("sid.training_summary"),
-            )
+            return cls(**facts)
         except RecipeError as error:
-            message = str(error)
-            raise RecipeError(message if message.startswith(reader.source) else f"{source}: {message}") from None
+            raise RecipeError(f"{source}: {error}") from None
 
     def describe(self) -> str:
         """The recipe for people: a line a fact."""
@@ -311,12 +311,12 @@ class _Reader:
         except ValueError:
             raise self.error(key, f"expected {_NUMBER_NAMES[kind]}, got {text!r}") from None
 
-    def numbers(self, key: str, separator: str, kind: type) -> tuple[Any, ...]:
+    def integers(self, key: str, separator: str) -> tuple[int, ...]:
         text = self.text(key)
         try:
-            return tuple(kind(part) for part in text.split(separator))
+            return tuple(int(part) for part in text.split(separator))
         except ValueError:
-            raise self.error(key, f"expected {_NUMBER_NAMES[kind]}s joined by {separator!r}, got {text!r}") from None
+            raise self.error(key, f"expected integers joined by {separator!r}, got {text!r}") from None
 
     def boolean(self, key: str) -> bool:
         text = self.text(key)
