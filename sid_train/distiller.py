@@ -161,8 +161,8 @@ class Distiller:
     def rollout(self, cond: Conditioning, step: int, rng: torch.Generator) -> Tensor:
         """The output x_g of the generator's step k: fp32, [B, ...].
 
-        Gradients, where the caller wants any, cover step k alone (uniform-step matching, the paper's theorem 2 and
-        algorithm 1) or the whole chain (final-step matching).
+        Gradients, where the caller wants any, cover step k alone (uniform-step matching, justified by the paper's
+        theorem on the uniform mixture of all steps) or the whole chain (final-step matching).
         """
         wants_gradient = torch.is_grad_enabled()
         first_with_gradient = 1 if self.method.matching == "final" else step

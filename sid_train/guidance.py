@@ -21,7 +21,7 @@ DEFAULT_ANTI_CFG_SCALE = -1.0
 
 @dataclass(frozen=True)
 class GuidanceStrategy:
-    """The scales of one strategy (arXiv 2505.12674, section 4).
+    """The scales of one strategy (arXiv 2505.12674).
 
     fake_train: the fake score's while it learns (kappa_1)
     fake_eval: the fake score's in the generator loss (kappa_2 and kappa_3)

@@ -20,7 +20,8 @@ from sid_train.trainer import CHECKPOINT_FILE, Trainer, load_run_generator
 
 def small(*overrides: str, iterations: int = 4):
     base = ["training.batch_size=4", "training.tracker=none", "training.log_every=1", "method.steps=2"]
-    return load_config("demo", [*base, f"training.iterations={iterations}", *overrides])
+    base += ["training.fake_score_updates=1", "optimizer.cooldown=0", f"training.iterations={iterations}"]
+    return load_config("demo", [*base, *overrides])
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The few-step generation chain: the one implementation that training, ``sid_train sample`` and ComfyUI share.
 
-"Few-Step Diffusion via Score identity Distillation" (arXiv 2505.12674), section 3: step k noises the last estimate of
+"Few-Step Diffusion via Score identity Distillation" (arXiv 2505.12674): step k noises the last estimate of
 x0 to the k-th timestep of a fixed ladder and lets the generator estimate x0 again, with text but without
 classifier-free guidance.
 """
