@@ -222,8 +222,8 @@ class Trainer:
     def _load(self) -> None:
         path = self.run_dir / CHECKPOINT_FILE
         ranks = (self.accelerator.process_index, self.accelerator.num_processes)
-        facts = load_checkpoint(path, self._networks(), self._optimizers(), {"rng": (self.rng, *ranks)})
-        load_checkpoint(path, {}, {}, {"shared_rng": (self.shared_rng, 0, 1)})
+        generators = {"rng": (self.rng, *ranks), "shared_rng": (self.shared_rng, 0, 1)}
+        facts = load_checkpoint(path, self._networks(), self._optimizers(), generators)
         _check_teacher(facts, self.bundle, path)
         self.iteration, self.images_seen = int(facts["iteration"]), int(facts["images_seen"])
 

@@ -109,10 +109,10 @@ def row_title(row: dict) -> str:
     return title
 
 
-def make_report(metrics: dict, recipe: SiDRecipe, comparison: Comparison, curve_file: Path) -> str:
+def make_report(metrics: dict, recipe: SiDRecipe, grid: Image.Image, curve_file: Path) -> str:
     """A self-contained HTML page."""
     buffer = io.BytesIO()
-    make_grid(comparison).save(buffer, format="PNG", optimize=True)
+    grid.save(buffer, format="PNG", optimize=True)
     picture = base64.b64encode(buffer.getvalue()).decode()
     sid, teacher = metrics["rows"][3], metrics["rows"][1]
     calls = teacher["steps"] * (1 if teacher["guidance_scale"] in (0, 1) else 2)

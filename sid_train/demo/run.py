@@ -119,10 +119,10 @@ def run_demo(
         "peak_memory_mib": round(peak_memory_mib()),
         **_as_dicts(rows),
     }
-    comparison = _comparison(teacher, generator, recipe, rows["held_out"][1].guidance_scale)
+    grid = make_grid(_comparison(teacher, generator, recipe, rows["held_out"][1].guidance_scale))
     with replacing(out / "grid.png") as temporary:
-        make_grid(comparison).save(temporary, format="PNG")
-    write_text(out / "report.html", make_report(metrics, recipe, comparison, run_dir / CURVE_FILE))
+        grid.save(temporary, format="PNG")
+    write_text(out / "report.html", make_report(metrics, recipe, grid, run_dir / CURVE_FILE))
     metrics |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mib": round(peak_memory_mib())}
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(format_table(metrics))
