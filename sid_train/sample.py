@@ -38,6 +38,7 @@ def sample_latents(
                 sigmas,
                 first,
                 noise_sampler(recipe.noise_mode, first, seeded_noise(first, seed)),
+                unit_variance_start=recipe.unit_variance_start,
             )
         )
     return torch.cat(parts)

@@ -49,6 +49,7 @@ class SiDRecipe:
     timesteps: the integers it was trained on, descending; ``t_init`` is their first, and if the rest is not the ladder
         of ``t_init`` that is an error unless ``ladder`` is ``explicit``
     ladder: ``sid`` (t_init * (K - k) // K) or ``explicit`` (any other timesteps: LCM, DMD2 and their like)
+    unit_variance_start: the network's first input is noise of unit variance (DMD2, LCM), not noised zeros (SiD)
     training_resolution: height and width in pixels
     base_model_hash: SHA-256 of the teacher's file, hex, or "" when unknown
     sampling_guidance, sampling_cfg: how to sample it; ``none`` and 1.0 for every SiD generator
@@ -63,6 +64,7 @@ class SiDRecipe:
     t_init: int = DEFAULT_T_INIT
     ladder: Literal["sid", "explicit"] = "sid"
     noise_mode: NoiseMode = "fresh"
+    unit_variance_start: bool = False
     training_resolution: tuple[int, int] = (1024, 1024)
     base_model_hash: str = ""
     licence: str = ""
@@ -114,6 +116,11 @@ class SiDRecipe:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def default_title(self) -> str:
+        """What a file is called whose ``title`` is empty."""
+        return f"{self.base_model} SiD {self.steps}-step"
+
     def timesteps_for(self, steps: int | None = None) -> list[int]:
         """The trained timesteps, or for another number of steps the SiD ladder from the same ``t_init``."""
         return list(self.timesteps) if steps in (None, self.steps) else timestep_ladder(steps, self.t_init)
@@ -134,6 +141,7 @@ class SiDRecipe:
             "sid.ladder": self.ladder,
             "sid.timesteps": ",".join(map(str, self.timesteps)),
             "sid.noise_mode": self.noise_mode,
+            "sid.unit_variance_start": _from_bool(self.unit_variance_start),
             "sid.training_resolution": f"{height}x{width}",
             "sid.licence": self.licence,
             "sid.unconditional": self.unconditional,
@@ -147,7 +155,7 @@ class SiDRecipe:
             "modelspec.sai_model_spec": SAI_MODEL_SPEC,
             "modelspec.architecture": self.architecture,
             "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else "sid_train",
-            "modelspec.title": self.title or f"{self.base_model} SiD {self.steps}-step",
+            "modelspec.title": self.title or self.default_title,
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.predict_key": "v" if self.prediction_type == "v_prediction" else "epsilon",
             "modelspec.license": self.licence,
@@ -180,6 +188,7 @@ class SiDRecipe:
             "t_init": reader.number("sid.t_init", int),
             "ladder": reader.text("sid.ladder"),
             "noise_mode": reader.text("sid.noise_mode"),
+            "unit_variance_start": reader.boolean("sid.unit_variance_start"),
             "training_resolution": (resolution[0], resolution[1]),
             "base_model_hash": reader.text("sid.base_model_hash"),
             "licence": reader.text("sid.licence"),
@@ -196,21 +205,22 @@ class SiDRecipe:
             "training_summary": reader.mapping("sid.training_summary"),
         }
         try:
-            return cls(**facts)
+            recipe = cls(**facts)
         except RecipeError as error:
             raise RecipeError(f"{source}: {error}") from None
+        return replace(recipe, title="") if recipe.title == recipe.default_title else recipe
 
     def describe(self) -> str:
         """The recipe for people: a line a fact."""
         rows: list[tuple[str, Any]] = [
-            ("title", self.title),
+            ("title", self.title or self.default_title),
             ("base model", self.base_model),
             ("base model hash", self.base_model_hash or "unknown"),
             ("architecture", self.architecture),
             ("prediction type", self.prediction_type + (", zero terminal SNR" * self.zero_terminal_snr)),
             ("steps", self.steps),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  (t_init {self.t_init}, {self.ladder} ladder)"),
-            ("noise mode", self.noise_mode),
+            ("noise mode", self.noise_mode + ", first noise of unit variance" * self.unit_variance_start),
             ("training resolution", "x".join(map(str, self.training_resolution))),
             ("unconditional", self.unconditional),
             ("licence", self.licence or "not stated"),
@@ -254,14 +264,8 @@ def read_recipe(path: str | Path) -> SiDRecipe:
     return SiDRecipe.from_metadata(read_safetensors_metadata(path), path)
 
 
-def _preset(timesteps: tuple[int, ...], noise_mode: NoiseMode = "fresh", ladder: str = "explicit") -> SiDRecipe:
-    return replace(
-        SiDRecipe(),
-        timesteps=timesteps,
-        t_init=timesteps[0],
-        ladder=ladder,  # type: ignore[arg-type]
-        noise_mode=noise_mode,
-    )
+def _preset(timesteps: tuple[int, ...], **facts: Any) -> SiDRecipe:
+    return replace(SiDRecipe(), **{"timesteps": timesteps, "t_init": timesteps[0], "ladder": "explicit"} | facts)
 
 
 # For files that carry no recipe: how the publishers of each kind say that they are to be sampled.
@@ -272,13 +276,12 @@ PRESETS: dict[str, SiDRecipe] = {
     "SiD 999 (4 steps)": _preset((999, 749, 499, 249), ladder="sid"),
     "SiD 999 (2 steps)": _preset((999, 499), ladder="sid"),
     "SiD 999 (1 step)": _preset((999,), ladder="sid"),
-    "DMD2 (4 steps)": _preset((999, 749, 499, 249)),
-    # DMD2 gives its one-step network noise of unit variance, the chain here noise of variance 1 - abar_399 = 0.57.
-    "DMD2 (1 step)": _preset((399,)),
-    "LCM (4 steps)": _preset((999, 759, 499, 259)),
-    "Lightning (8 steps)": _preset((999, 874, 749, 624, 499, 374, 249, 124), "ddim"),
-    "Lightning (4 steps)": _preset((999, 749, 499, 249), "ddim"),
-    "Lightning (2 steps)": _preset((999, 499), "ddim"),
+    "DMD2 (4 steps)": _preset((999, 749, 499, 249), unit_variance_start=True),
+    "DMD2 (1 step)": _preset((399,), unit_variance_start=True),
+    "LCM (4 steps)": _preset((999, 759, 499, 259), unit_variance_start=True),
+    "Lightning (8 steps)": _preset((999, 874, 749, 624, 499, 374, 249, 124), noise_mode="ddim"),
+    "Lightning (4 steps)": _preset((999, 749, 499, 249), noise_mode="ddim"),
+    "Lightning (2 steps)": _preset((999, 499), noise_mode="ddim"),
 }
 
 

@@ -125,6 +125,7 @@ def few_step_sample(
     next_noise: NextNoise,
     x0: Tensor | None = None,
     callback: Callback | None = None,
+    unit_variance_start: bool = False,
 ) -> Tensor:
     """Runs the chain: ``len(sigmas) - 1`` calls of ``denoise``, each on fp32 input.
 
@@ -132,9 +133,13 @@ def few_step_sample(
     first_noise: standard normal, [B, ...]
     next_noise: ``noise_sampler(...)``, or any function with its signature
     x0: where to start for image to image, [B, ...]; zeros, the start that the generator was trained for, if None
+    unit_variance_start: without ``x0`` the network's first input is the noise itself, ``x = sqrt(1 + sigma^2) * noise``
+        (DMD2, LCM), not noised zeros
     Returns the last estimate of x0, fp32, [B, ...].
     """
     noise = first_noise.float()
+    if x0 is None and unit_variance_start:
+        noise = noise * (1 + sigmas[0] ** -2.0).sqrt().to(noise)
     x0 = torch.zeros_like(noise) if x0 is None else x0.float()
     x = sigma = None
     for k, level in enumerate(sigmas[:-1].to(noise.device)):

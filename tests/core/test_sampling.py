@@ -146,6 +146,25 @@ def test_chain_is_diffusers_chain(model, t_init, mode, make_denoiser, cond):
         torch.testing.assert_close(result * last_abar.sqrt(), expected[-1], rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+def test_unit_variance_start_gives_the_network_the_noise_itself(make_denoiser, cond, schedule):
+    """DMD2's one step: pure noise at t = 399, and the x0 that diffusers' scheduler predicts from it."""
+    denoiser = make_denoiser(3)
+    noise = initial_noise((2, *LATENT_SHAPE), 0)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    prediction = denoiser.unet(noise, torch.tensor(399), cond.text, added_cond_kwargs=added).sample
+    expected = scheduler.step(prediction, 399, noise, generator=torch.Generator()).pred_original_sample
+    result = few_step_sample(
+        lambda x, sigma: denoiser(x, sigma, cond),
+        ladder_sigmas(schedule, [399]),
+        noise,
+        noise_sampler("fresh", noise, lambda k: noise),
+        unit_variance_start=True,
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
 # -- the chain alone ---------------------------------------------------------------------------------------------------
 
 
