@@ -1,0 +1,25 @@
+"""ComfyUI's door to the pack; harmless where pytest or a linter imports the folder outside ComfyUI."""
+
+import sys
+
+if __package__ and "comfy" in sys.modules:
+    from .nodes.guidance import SiDDistillationGuidance, SiDGuidance
+    from .nodes.loaders import SiDCheckpointLoader, SiDDiffusionModelLoader, SiDLoRALoader
+    from .nodes.recipe import SiDRecipeInfo, SiDRecipeOverride
+    from .nodes.sampling import SiDFewStepSampler, SiDSamplerSelect, SiDScheduler
+    from .nodes.training import SiDTrainingRecipe
+
+    NODE_CLASS_MAPPINGS = {
+        "SiDCheckpointLoader": SiDCheckpointLoader,
+        "SiDDiffusionModelLoader": SiDDiffusionModelLoader,
+        "SiDLoRALoader": SiDLoRALoader,
+        "SiDFewStepSampler": SiDFewStepSampler,
+        "SiDScheduler": SiDScheduler,
+        "SiDSamplerSelect": SiDSamplerSelect,
+        "SiDGuidance": SiDGuidance,
+        "SiDDistillationGuidance": SiDDistillationGuidance,
+        "SiDTrainingRecipe": SiDTrainingRecipe,
+        "SiDRecipeInfo": SiDRecipeInfo,
+        "SiDRecipeOverride": SiDRecipeOverride,
+    }
+    WEB_DIRECTORY = "./nodes/web"

@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: thin adapters around ``sid_train.core``."""

@@ -1,0 +1,117 @@
+"""Nodes that show and change a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io, ui
+
+from ..sid_train.core.noise_schedule import NoiseSchedule
+from ..sid_train.core.recipe import PRESETS, SAMPLING_GUIDANCES, RecipeError, SiDRecipe
+from ..sid_train.core.sampling import NOISE_MODES, timestep_ladder
+from .common import RecipeType, check_choice, schema, tell
+
+KEEP = "keep"
+
+
+class SiDRecipeInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SiDRecipeInfo",
+            display_name="SiD Recipe Info",
+            description="Shows what a recipe says: timesteps, noise levels, guidance and how the model was trained.",
+            search_aliases=["show recipe", "sid metadata", "timesteps"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[RecipeType.Input("recipe", tooltip="From a SiD loader or SiD Recipe Override.")],
+            outputs=[io.String.Output(display_name="text", tooltip="The recipe, a line a fact.")],
+        )
+
+    @classmethod
+    def execute(cls, recipe: SiDRecipe) -> io.NodeOutput:
+        sigmas = NoiseSchedule.sdxl(recipe.zero_terminal_snr).sigmas[list(recipe.timesteps)]
+        text = recipe.describe() + "\nsigmas  " + " ".join(f"{s:.4f}" for s in sigmas.tolist())
+        tell(cls, [text])
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class SiDRecipeOverride(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SiDRecipeOverride",
+            display_name="SiD Recipe Override",
+            description="Changes how a generator is sampled, for those who experiment; or makes a recipe from a preset "
+            "for a model that came through another loader.",
+            search_aliases=["edit recipe", "custom timesteps", "recipe preset"],
+            inputs=[
+                RecipeType.Input("recipe", optional=True, tooltip="The recipe to change; not needed with a preset."),
+                io.Combo.Input(
+                    "preset",
+                    options=[KEEP, *PRESETS],
+                    default=KEEP,
+                    tooltip=f"'{KEEP}' starts from the connected recipe, a preset replaces it.",
+                ),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    tooltip="1 to 8 falling integers between 999 and 0, such as '625 468 312 156'. Empty: as they are.",
+                ),
+                io.Combo.Input(
+                    "noise_mode",
+                    options=[KEEP, *NOISE_MODES],
+                    default=KEEP,
+                    tooltip="fresh: new noise a step; fixed: the first noise again; ddim: what the last step implies.",
+                ),
+                io.Combo.Input(
+                    "guidance",
+                    options=[KEEP, *SAMPLING_GUIDANCES],
+                    default=KEEP,
+                    tooltip="What guidance 'auto' means for this recipe.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Scale of that guidance; read only where 'guidance' is changed.",
+                ),
+            ],
+            outputs=[RecipeType.Output(display_name="recipe", tooltip="The changed recipe.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, preset: str, timesteps: str, noise_mode: str, guidance: str, cfg: float, recipe: SiDRecipe | None = None
+    ) -> io.NodeOutput:
+        check_choice("preset", preset, [KEEP, *PRESETS])
+        if preset != KEEP:
+            recipe = PRESETS[preset]
+        if recipe is None:
+            raise ValueError("recipe: expected a connected recipe or a preset, got neither.")
+        changes: dict = {}
+        if timesteps.strip():
+            chosen = _integers(timesteps)
+            changes |= {"timesteps": chosen, "t_init": chosen[0], "ladder": _ladder(chosen)}
+        if check_choice("noise_mode", noise_mode, [KEEP, *NOISE_MODES]) != KEEP:
+            changes["noise_mode"] = noise_mode
+        if check_choice("guidance", guidance, [KEEP, *SAMPLING_GUIDANCES]) != KEEP:
+            changes |= {"sampling_guidance": guidance, "sampling_cfg": cfg}
+        return io.NodeOutput(replace(recipe, **changes))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise RecipeError(f"timesteps: expected integers such as '625 468 312 156', got {text!r}") from None
+
+
+def _ladder(timesteps: tuple[int, ...]) -> str:
+    """``sid`` if ``timesteps`` are the SiD ladder of their first, else ``explicit``."""
+    try:
+        return "sid" if list(timesteps) == timestep_ladder(len(timesteps), timesteps[0]) else "explicit"
+    except ValueError:
+        return "explicit"

@@ -1,0 +1,281 @@
+"""Sampling: a recipe's timesteps as SIGMAS, its noise as a SAMPLER, and both with guidance in one node."""
+
+from __future__ import annotations
+
+import inspect
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sid_train.core.recipe import PRESETS, SiDRecipe
+from ..sid_train.core.sampling import (
+    MAX_STEPS,
+    NOISE_MODES,
+    few_step_sample,
+    last_timesteps,
+    noise_sampler,
+    seeded_noise,
+)
+from .common import RecipeType, check_choice, check_model, prediction_type, schema, tell
+from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
+from .nag import NAG_SCALE
+
+DEFAULT_PRESET = "SiD 625 (4 steps)"
+FROM_RECIPE = "from the recipe"
+STARTS = ("auto", "noise", "latent")
+STEPS_TOOLTIP = "Network calls. 0: as many as it was trained for; another number takes the same ladder's timesteps."
+DENOISE_TOOLTIP = (
+    "1: a new picture. Below 1: keeps that much less of the given latent's structure, on the last of the trained "
+    "timesteps (4 steps at 0.5: the last 2)."
+)
+NOISE_TOOLTIP = (
+    f"The noise between steps. '{FROM_RECIPE}': as it was trained. fresh: new noise a step; fixed: the first noise "
+    "again; ddim: the noise that the last step implies."
+)
+
+
+def make_sigmas(model, recipe: SiDRecipe | None, steps: int, denoise: float) -> tuple[Tensor, list[str]]:
+    """The noise levels of a pass, ending in 0 (fp32, [n + 1]), and what the user should be told.
+
+    ``steps`` 0 is the trained number. ValueError for a model that does not fit the recipe and for denoise below 1 at
+    one step.
+    """
+    messages = []
+    if recipe is None:
+        recipe = PRESETS[DEFAULT_PRESET]
+        messages.append(f"No recipe is connected: sampling as '{DEFAULT_PRESET}'.")
+        prediction_type(model)
+    else:
+        check_model(model, recipe, "recipe")
+    timesteps = recipe.timesteps_for(steps or None)
+    if len(timesteps) != recipe.steps:
+        messages.append(
+            f"Sampling in {len(timesteps)} steps ({' '.join(map(str, timesteps))}) what was trained for {recipe.steps} "
+            f"({' '.join(map(str, recipe.timesteps))}): expect a different quality."
+        )
+    if denoise < 1 and len(timesteps) == 1:
+        raise ValueError(
+            f"denoise: expected 1 with one step, got {denoise:g}. A one-step generator makes the whole picture in its "
+            "only step, so there is no later step to start from: use denoise 1, or more steps."
+        )
+    sigmas = model.get_model_object("model_sampling").sigmas
+    return torch.cat([sigmas[last_timesteps(timesteps, denoise)].float().cpu(), torch.zeros(1)]), messages
+
+
+class FewStepSampler(comfy.samplers.KSAMPLER):
+    """ComfyUI's KSAMPLER around the few-step chain. The first noise is not rescaled at the highest timestep, as
+    KSAMPLER does for samplers that start there: the generator was trained on exactly ``sigma * noise``."""
+
+    def max_denoise(self, model_wrap, sigmas) -> bool:
+        return False
+
+
+def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewStepSampler:
+    """A SAMPLER that runs the chain: ``denoise`` is ComfyUI's own model call, so that masks, ControlNet, LoRA, hooks,
+    previews and interrupts work as everywhere.
+
+    start: ``noise`` (x0 = 0, as in training), ``latent`` (x0 = the given latent) or ``auto`` (noise if the sigmas
+    begin at the recipe's first timestep).
+    """
+    recipe = recipe or PRESETS[DEFAULT_PRESET]
+    check_choice("noise_mode", noise_mode, [FROM_RECIPE, *NOISE_MODES])
+    check_choice("start", start, STARTS)
+    mode = recipe.noise_mode if noise_mode == FROM_RECIPE else noise_mode
+
+    def sample_sid(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
+        extra_args = extra_args or {}
+        if float(sigmas[-1]) != 0:
+            raise ValueError(
+                f"sigmas: expected to end in 0, got {float(sigmas[-1]):g}. The chain predicts the whole picture at "
+                "every step: do not split SIGMAS for it; use 'denoise' of SiD Scheduler."
+            )
+        noise, latent = model.noise.to(x), model.latent_image
+        first = model.inner_model.inner_model.model_sampling.sigmas[recipe.t_init]
+        from_noise = start == "noise" or (start == "auto" and float(sigmas[0]) >= float(first) * (1 - 1e-5))
+        progress = comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable)
+
+        def report(step: int, x: Tensor, sigma: Tensor, x0: Tensor) -> None:
+            progress.update()
+            if callback is not None:
+                callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": x0})
+
+        with progress:
+            return few_step_sample(
+                lambda x, sigma: model(x, sigma, **extra_args),
+                sigmas,
+                noise,
+                noise_sampler(mode, noise, seeded_noise(noise, extra_args.get("seed") or 0)),
+                x0=None if from_noise else latent,
+                callback=report,
+                unit_variance_start=recipe.unit_variance_start,
+            )
+
+    return FewStepSampler(sample_sid)
+
+
+def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[dict, dict]:
+    """What SamplerCustomAdvanced does with RandomNoise: (LATENT, the last x0 as LATENT)."""
+    model = guider.model_patcher
+    # ComfyUI after 0.3.64 also lets an empty latent say what it was made for.
+    fix = comfy.sample.fix_empty_latent_channels
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    known = [name for name in ratios if name in inspect.signature(fix).parameters]
+    image = fix(model, latent["samples"], **{name: latent.get(name) for name in known})
+    latent = {k: v for k, v in latent.items() if k not in ratios} | {"samples": image}
+
+    x0_output: dict[str, Tensor] = {}
+    samples = guider.sample(
+        comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
+        image,
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1, x0_output),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    ).to(comfy.model_management.intermediate_device())
+    denoised = model.model.process_latent_out(x0_output["x0"].cpu())
+    return latent | {"samples": samples}, latent | {"samples": denoised}
+
+
+def _steps_input() -> io.Int.Input:
+    return io.Int.Input("steps", default=0, min=0, max=MAX_STEPS, tooltip=STEPS_TOOLTIP)
+
+
+def _denoise_input() -> io.Float.Input:
+    return io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP)
+
+
+def _noise_mode_input() -> io.Combo.Input:
+    return io.Combo.Input("noise_mode", options=[FROM_RECIPE, *NOISE_MODES], default=FROM_RECIPE, tooltip=NOISE_TOOLTIP)
+
+
+class SiDFewStepSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SiDFewStepSampler",
+            display_name="SiD Few-Step Sampler",
+            description="Samples a few-step SDXL generator in 1 to 8 steps on exactly the timesteps that it was "
+            "trained for. With a recipe connected nothing else has to be set.",
+            search_aliases=["sid ksampler", "few-step sampler", "4 steps", "distilled sampler", "dmd2 sampler"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="A few-step SDXL generator, from a SiD loader."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows."),
+                io.Latent.Input("latent_image", tooltip="An empty latent for a new picture, or one to change."),
+                RecipeType.Input(
+                    "recipe", optional=True, tooltip=f"From the SiD loader. Without one: '{DEFAULT_PRESET}'."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What it must not show. Used by guidance 'nag' and 'cfg', ignored by 'none'.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of all noise; the same seed is the same picture on every device.",
+                ),
+                _steps_input(),
+                _denoise_input(),
+                _noise_mode_input(),
+                io.Combo.Input("guidance", options=list(MODES), default=AUTO, tooltip=MODE_TOOLTIP),
+                io.Float.Input("cfg", default=1.5, min=0.0, max=100.0, step=0.05, tooltip=CFG_TOOLTIP),
+                io.Float.Input("nag_scale", default=NAG_SCALE, min=0.0, max=50.0, step=0.1, tooltip=NAG_TOOLTIP),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The picture's latent."),
+                io.Latent.Output(display_name="denoised", tooltip="The last prediction, before masks and hooks."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent_image: dict,
+        seed: int,
+        steps: int,
+        denoise: float,
+        noise_mode: str,
+        guidance: str,
+        cfg: float,
+        nag_scale: float,
+        recipe: SiDRecipe | None = None,
+        negative=None,
+    ) -> io.NodeOutput:
+        sigmas, messages = make_sigmas(model, recipe, steps, denoise)
+        sampler = make_sampler(recipe, noise_mode, "noise" if denoise == 1 else "latent")
+        guider, more = make_guider(model, positive, negative, recipe, guidance, cfg, nag_scale)
+        tell(cls, messages + more)
+        return io.NodeOutput(*sample(guider, sampler, sigmas, latent_image, seed))
+
+
+class SiDScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SiDScheduler",
+            display_name="SiD Scheduler",
+            description="The noise levels that a few-step generator was trained on: SIGMAS for SamplerCustomAdvanced.",
+            search_aliases=["sid sigmas", "few-step scheduler", "trained timesteps"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="Whose timesteps are looked up."),
+                RecipeType.Input("recipe", tooltip="From a SiD loader or SiD Recipe Override."),
+                _steps_input(),
+                _denoise_input(),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, recipe: SiDRecipe, steps: int, denoise: float) -> io.NodeOutput:
+        sigmas, messages = make_sigmas(model, recipe, steps, denoise)
+        if denoise < 1 and len(sigmas) - 1 == len(recipe.timesteps_for(steps or None)):
+            messages.append(
+                f"denoise {denoise:g} rounds to all {len(sigmas) - 1} steps: set 'start' of SiD Sampler Select to "
+                "'latent' to keep something of the given picture."
+            )
+        tell(cls, messages)
+        return io.NodeOutput(sigmas)
+
+
+class SiDSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SiDSamplerSelect",
+            display_name="SiD Sampler Select",
+            description="The few-step chain as a SAMPLER for SamplerCustomAdvanced, with the noise that the generator "
+            "was trained with between its steps.",
+            search_aliases=["sid sampler", "few-step sampler"],
+            inputs=[
+                RecipeType.Input("recipe", tooltip="From a SiD loader or SiD Recipe Override."),
+                _noise_mode_input(),
+                io.Combo.Input(
+                    "start",
+                    options=list(STARTS),
+                    default="auto",
+                    tooltip="What the first step adds noise to. noise: nothing, a new picture; latent: the given "
+                    "latent; auto: nothing if SIGMAS begin at the recipe's first timestep, else the latent.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, recipe: SiDRecipe, noise_mode: str, start: str) -> io.NodeOutput:
+        return io.NodeOutput(make_sampler(recipe, noise_mode, start))

@@ -1,0 +1,78 @@
+"""Small, randomly initialised files of SDXL's class that ComfyUI loads like the real ones.
+
+The UNet has SDXL's widths, context and conditioning with KOALA's transformer depths at its inputs only: 60.6M
+parameters instead of 2.6 billion. Needs ComfyUI's own modules on the path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+UNET_CONFIG = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 1, 1],
+    "transformer_depth": [0, 2, 5],
+    "transformer_depth_output": [0] * 6,
+    "transformer_depth_middle": -2,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "legacy": False,
+    "use_checkpoint": False,
+}
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> nn.Module:
+    """Random weights of a trained network's size: ComfyUI creates its layers uninitialised."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        if parameter.ndim < 2:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            fan_in = parameter[0].numel()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+    return module
+
+
+def unet_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """The UNet with ldm names, fp32."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    unet = UNetModel(**UNET_CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return dict(initialise(unet, seed).state_dict())
+
+
+def vae_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """TAESD's architecture, which ComfyUI takes as a VAE."""
+    from comfy.taesd.taesd import TAESD
+
+    return dict(initialise(TAESD(), seed).state_dict())
+
+
+def clip_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """SDXL's two text encoders, full size: ComfyUI has no smaller ones of this class."""
+    import comfy.sdxl_clip
+
+    clip = comfy.sdxl_clip.SDXLClipModel(device="cpu", dtype=torch.float16)
+    initialise(clip, seed)
+    return dict(clip.state_dict())
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Writes fp16 tensors; the directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, metadata)
+    return path

@@ -1,0 +1,262 @@
+"""The sampling nodes in this process: parity, cost, image to image, batches, guidance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import conditioning, empty_latent, module, run, text_of
+
+
+@pytest.fixture(scope="module")
+def v_model(unet_file):
+    import comfy.sd
+    from safetensors.torch import load_file
+
+    tensors = load_file(unet_file) | {"v_pred": torch.zeros(0)}
+    return comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": torch.float32})
+
+
+@pytest.fixture(scope="module")
+def make_recipe(pack):
+    recipe = module(pack, "sid_train.core.recipe").SiDRecipe()
+
+    def make(steps: int = 4, t_init: int = 625, noise_mode: str = "fresh", prediction: str = "epsilon", **changes):
+        ladder = tuple(t_init * (steps - k) // steps for k in range(steps))
+        changes |= {"timesteps": ladder, "t_init": t_init, "noise_mode": noise_mode, "prediction_type": prediction}
+        return replace(recipe, **changes)
+
+    return make
+
+
+@pytest.fixture
+def calls(model):
+    """The batch sizes of the UNet's calls."""
+    sizes: list[int] = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    yield sizes
+    hook.remove()
+
+
+def diffusers_reference(network, recipe, seed: int, noises) -> torch.Tensor:
+    """The chain by diffusers' own arithmetic: DDPM's add_noise and pred_original_sample, fp32."""
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=recipe.prediction_type,
+        clip_sample=False,
+    )
+    x = x0 = torch.zeros_like(noises[0])
+    for k, t in enumerate(recipe.timesteps):
+        noise = noises[k]
+        if recipe.noise_mode == "ddim" and k > 0:
+            alpha = scheduler.alphas_cumprod[recipe.timesteps[k - 1]]
+            noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+        x = scheduler.add_noise(x0, noise, torch.tensor([t]))
+        x0 = scheduler.step(network(x, t), t, x, generator=torch.Generator()).pred_original_sample
+    return x0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("noise_mode", ["fresh", "fixed", "ddim"])
+@pytest.mark.parametrize("t_init", [625, 999])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, steps, t_init, noise_mode, prediction):
+    core = module(pack, "sid_train.core.sampling")
+    recipe = make_recipe(steps, t_init, noise_mode, prediction)
+    patcher = model if prediction == "epsilon" else v_model
+    positive = conditioning(1)
+    latent = empty_latent()
+    (result, _) = run(
+        nodes["SiDFewStepSampler"], model=patcher, positive=positive, latent_image=latent, recipe=recipe, seed=7
+    )
+
+    first = core.initial_noise((1, 4, 16, 16), 7)
+    if noise_mode == "fixed":
+        noises = [first] * steps
+    else:
+        fresh = core.seeded_noise(first, 7)
+        noises = [first, *(fresh(k) for k in range(1, steps))]
+    base = patcher.model
+    size = patcher.model.encode_adm(pooled_output=positive[0][1]["pooled_output"], width=128, height=128, device="cpu")
+
+    @torch.no_grad()
+    def network(x, t):
+        return base.diffusion_model(x, torch.tensor([float(t)]), context=positive[0][0], y=size)
+
+    expected = diffusers_reference(network, recipe, 7, noises)
+    ours = result["samples"] * base.latent_format.scale_factor
+    error = (ours - expected).abs().max().item()
+    assert error <= max(1e-4, 1e-5 * expected.abs().max().item())
+    assert expected.std() > 0.1
+
+
+def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, model, make_recipe):
+    from comfy_extras.nodes_custom_sampler import RandomNoise, SamplerCustomAdvanced
+
+    def call(node, *args):  # V1 nodes on 0.3.64, V3 nodes on 0.33.0
+        made = getattr(node, "execute", None)
+        return made(*args).result if made else getattr(node(), node.FUNCTION)(*args)
+
+    image = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5)), "batch_index": [3, 1]}
+    for guidance, denoise in (("none", 1.0), ("nag", 1.0), ("cfg", 0.5), ("cfg first step only", 0.5)):
+        recipe = make_recipe()
+        both = {"positive": conditioning(1), "negative": conditioning(2), "model": model, "recipe": recipe}
+        ours, denoised = run(
+            nodes["SiDFewStepSampler"], **both, latent_image=image, seed=11, guidance=guidance, denoise=denoise
+        )
+        (sigmas,) = run(nodes["SiDScheduler"], model=model, recipe=recipe, denoise=denoise)
+        (sampler,) = run(nodes["SiDSamplerSelect"], recipe=recipe)
+        (guider,) = run(nodes["SiDGuidance"], **both, guidance=guidance)
+        (noise,) = call(RandomNoise, 11)
+        theirs, theirs_denoised = call(SamplerCustomAdvanced, noise, guider, sampler, sigmas, image)
+        assert torch.equal(ours["samples"], theirs["samples"])
+        assert torch.equal(denoised["samples"], theirs_denoised["samples"])
+        assert ours["batch_index"] == [3, 1]
+
+
+def test_one_network_call_a_step_and_two_with_cfg(nodes, model, make_recipe, calls):
+    both = {"positive": conditioning(1), "negative": conditioning(2), "model": model, "latent_image": empty_latent()}
+    for guidance, rows in (("none", 4), ("nag", 4), ("cfg", 8), ("cfg first step only", 5)):
+        calls.clear()
+        run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe(), seed=1, guidance=guidance)
+        assert sum(calls) == rows, guidance
+
+
+def test_image_of_a_batch_is_the_image_alone(nodes, model, make_recipe):
+    inputs = {"model": model, "positive": conditioning(1), "recipe": make_recipe(), "seed": 3}
+    (batch, _) = run(nodes["SiDFewStepSampler"], **inputs, latent_image=empty_latent(3))
+    for i in range(3):
+        alone = empty_latent() | {"batch_index": [i]}
+        (one, _) = run(nodes["SiDFewStepSampler"], **inputs, latent_image=alone)
+        torch.testing.assert_close(one["samples"][0], batch["samples"][i], rtol=1e-4, atol=1e-3)
+    assert (batch["samples"][0] - batch["samples"][1]).abs().max() > 0.1
+
+
+def test_unmasked_latents_stay_as_they_are(nodes, model, make_recipe):
+    image = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., :64] = 1
+    for denoise in (1.0, 0.5):
+        (result, _) = run(
+            nodes["SiDFewStepSampler"],
+            model=model,
+            positive=conditioning(1),
+            recipe=make_recipe(),
+            latent_image={"samples": image, "noise_mask": mask},
+            seed=3,
+            denoise=denoise,
+        )
+        kept, wanted = result["samples"][..., 8:], image[..., 8:]
+        ulp = torch.finfo(torch.float32).eps * wanted.abs()
+        assert ((kept - wanted).abs() <= 2 * ulp).all()
+        assert (result["samples"][..., :8] - image[..., :8]).abs().max() > 0.1
+
+
+def test_image_to_image_runs_the_last_trained_timesteps(nodes, model, make_recipe):
+    table = model.get_model_object("model_sampling").sigmas
+    for denoise, timesteps in ((1.0, [625, 468, 312, 156]), (0.75, [468, 312, 156]), (0.5, [312, 156]), (0.1, [156])):
+        (sigmas,) = run(nodes["SiDScheduler"], model=model, recipe=make_recipe(), denoise=denoise)
+        assert torch.equal(sigmas, torch.cat([table[timesteps], torch.zeros(1)]))
+    with pytest.raises(ValueError, match="one-step generator makes the whole picture"):
+        run(nodes["SiDScheduler"], model=model, recipe=make_recipe(1), denoise=0.5)
+
+
+def test_a_new_picture_keeps_nothing_of_the_latent(nodes, model, make_recipe):
+    inputs = {"model": model, "positive": conditioning(1), "recipe": make_recipe(), "seed": 3}
+    image = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))}
+    (empty, _) = run(nodes["SiDFewStepSampler"], **inputs, latent_image=empty_latent())
+    (full, _) = run(nodes["SiDFewStepSampler"], **inputs, latent_image=image)
+    assert torch.equal(empty["samples"], full["samples"])
+    (kept, _) = run(nodes["SiDFewStepSampler"], **inputs, latent_image=image, denoise=0.5)
+    assert not torch.equal(kept["samples"], full["samples"])
+
+
+def test_messages(nodes, model, make_recipe, caplog):
+    both = {"model": model, "positive": conditioning(1), "latent_image": empty_latent(), "seed": 0}
+    run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe())
+    assert text_of(caplog) == ""
+    run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe(), steps=2, negative=conditioning(2))
+    assert "in 2 steps (625 312) what was trained for 4" in text_of(caplog)
+    assert "The negative prompt is ignored" in text_of(caplog)
+    caplog.clear()
+    run(nodes["SiDFewStepSampler"], **both)
+    assert "No recipe is connected: sampling as 'SiD 625 (4 steps)'" in text_of(caplog)
+
+
+def test_training_scales_never_change_sampling(pack, nodes, model, make_recipe, calls):
+    strong = module(pack, "sid_train.core.recipe").TrainingGuidance("lsg", 4.5, 4.5, 4.5)
+    both = {"model": model, "positive": conditioning(1), "latent_image": empty_latent(), "seed": 0}
+    (plain, _) = run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe())
+    calls.clear()
+    (result, _) = run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe(guidance=strong))
+    assert torch.equal(plain["samples"], result["samples"])
+    assert calls == [1, 1, 1, 1]
+
+
+def test_auto_follows_what_the_recipe_says_about_sampling(nodes, model, make_recipe):
+    both = {"model": model, "positive": conditioning(1), "negative": conditioning(2), "latent_image": empty_latent()}
+    recipe = make_recipe(sampling_guidance="cfg", sampling_cfg=2.0)
+    (auto, _) = run(nodes["SiDFewStepSampler"], **both, recipe=recipe, seed=0)
+    (cfg, _) = run(nodes["SiDFewStepSampler"], **both, recipe=make_recipe(), seed=0, guidance="cfg", cfg=2.0)
+    assert torch.equal(auto["samples"], cfg["samples"])
+
+
+class TestNAG:
+    def test_the_negative_prompt_changes_the_picture(self, nodes, model, make_recipe):
+        both = {"model": model, "positive": conditioning(1), "latent_image": empty_latent(), "recipe": make_recipe()}
+        pictures = [
+            run(nodes["SiDFewStepSampler"], **both, seed=0, guidance=g, negative=n)[0]["samples"]
+            for g, n in (("none", None), ("nag", conditioning(2)), ("nag", conditioning(3)), ("nag", conditioning(1)))
+        ]
+        assert (pictures[0] - pictures[1]).abs().max() > 1e-2
+        assert (pictures[1] - pictures[2]).abs().max() > 1e-2
+        # Away from itself is nowhere.
+        torch.testing.assert_close(pictures[0], pictures[3], rtol=1e-3, atol=1e-3)
+
+    def test_strength_0_installs_no_patch(self, nodes, model, pack):
+        nag = module(pack, "nodes.nag")
+        assert nag.patch_nag(model, conditioning(2), 0.0, 2.5, 0.5) is model
+        assert nag.patch_nag(model, conditioning(2), 2.0, 2.5, 0.0) is model
+        patched = nag.patch_nag(model, conditioning(2), 2.0, 2.5, 0.5)
+        assert patched is not model
+        assert "patches_replace" not in model.model_options.get("transformer_options", {})
+
+    def test_prompts_of_different_length_and_batches(self, nodes, model, make_recipe):
+        run(
+            nodes["SiDFewStepSampler"],
+            model=model,
+            positive=conditioning(1, tokens=154),
+            negative=conditioning(2, tokens=77),
+            latent_image=empty_latent(2),
+            recipe=make_recipe(),
+            seed=0,
+            guidance="nag",
+        )
+
+    def test_formula(self, pack):
+        blend = module(pack, "nodes.nag").nag_blend
+        positive, negative = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[0.0, 1.0]]])
+        # 1 + 2 * (1 - 0) = 3 and 1: L1 norm 4 against 2, so tau = 2 leaves it alone and tau = 1 halves it.
+        assert blend(positive, negative, 2.0, 2.0, 1.0).tolist() == [[[3.0, 1.0]]]
+        assert blend(positive, negative, 2.0, 1.0, 1.0).tolist() == [[[1.5, 0.5]]]
+        assert blend(positive, negative, 2.0, 1.0, 0.5).tolist() == [[[1.25, 0.75]]]
+        assert torch.equal(blend(positive, negative, 2.0, 1.0, 0.0), positive)
+
+
+def test_model_is_left_as_it_was(nodes, model, make_recipe):
+    before = str(model.model_options)
+    run(
+        nodes["SiDFewStepSampler"],
+        model=model,
+        positive=conditioning(1),
+        negative=conditioning(2),
+        latent_image=empty_latent(),
+        recipe=make_recipe(),
+        seed=0,
+        guidance="nag",
+    )
+    assert str(model.model_options) == before
