@@ -1,7 +1,8 @@
 """Trains what the demo ships with: the teacher and the classifier of the metrics.
 
-    python -m sid_train.demo.train_assets teacher       # about 30 minutes on two CPU cores
-    python -m sid_train.demo.train_assets classifier    # about 2 minutes
+    python -m sid_train.demo.train_assets teacher                         # about 30 minutes on two CPU cores
+    python -m sid_train.demo.train_assets teacher --start teacher.safetensors --loss v    # another 30
+    python -m sid_train.demo.train_assets classifier                      # about 2 minutes
 
 Each sees its own split of the digits only, and the teacher never sees the held-out digit-colour pairs.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from ..core.noise_schedule import NoiseSchedule, expand, x0_to_epsilon
 from ..models.unet import UNetDenoiser
 from .classifier import DigitClassifier
 from .digits import SUBJECTS, TRAINING_SUBJECTS, RealDigits
-from .model import ASSETS, DigitCodec, DigitConditioner, build_unet
+from .model import ASSETS, DigitCodec, DigitConditioner, build_unet, load_file_bundle
 
 PROMPT_DROPOUT = 0.1
 
@@ -30,12 +32,23 @@ def _learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> flo
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train_teacher(path: Path, steps: int, batch: int, seed: int = 0) -> None:
-    """The usual denoising loss on eps with 10% of the prompts dropped; saves a running average in fp16."""
+def train_teacher(
+    path: Path, steps: int, batch: int, loss_on: Literal["epsilon", "v"], start: Path | None, seed: int
+) -> None:
+    """The usual denoising loss with 10% of the prompts dropped; saves a running average in fp16.
+
+    The network predicts eps; a loss on v weighs high noise more, where a picture's digit is decided.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    schedule, codec, conditioner = NoiseSchedule.sdxl(), DigitCodec(), DigitConditioner()
-    teacher = UNetDenoiser(build_unet(), schedule, "epsilon")
+    if start:
+        bundle = load_file_bundle(start)
+        teacher, codec, conditioner = bundle.denoiser, bundle.codec, bundle.conditioner
+        schedule = teacher.schedule
+    else:
+        schedule, codec, conditioner = NoiseSchedule.sdxl(), DigitCodec(), DigitConditioner()
+        teacher = UNetDenoiser(build_unet(), schedule, "epsilon")
+    teacher.to(memory_format=torch.channels_last)  # 15% faster on a CPU
     average = [p.detach().clone() for p in teacher.parameters()]
     prompts = conditioner.encode([s.prompt for s in TRAINING_SUBJECTS])
     unconditional = conditioner.encode([""])
@@ -53,7 +66,8 @@ def train_teacher(path: Path, steps: int, batch: int, seed: int = 0) -> None:
         sigma = schedule.sigma(torch.randint(len(schedule), (batch,), generator=generator))
         eps = torch.randn(x0.shape, generator=generator)
         x = x0 + expand(sigma, x0) * eps
-        loss = F.mse_loss(x0_to_epsilon(teacher(x, sigma, cond), x, sigma), eps)
+        error = (x0_to_epsilon(teacher(x, sigma, cond), x, sigma) - eps) ** 2
+        loss = (error * (1 + expand(sigma, x0) ** 2 if loss_on == "v" else 1)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
@@ -67,10 +81,10 @@ def train_teacher(path: Path, steps: int, batch: int, seed: int = 0) -> None:
         parameter.data.copy_(mean)
     tensors = {f"unet.{k}": v for k, v in teacher.unet.state_dict().items()}
     tensors |= {f"text_encoder.{k}": v for k, v in conditioner.state_dict().items()}
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path)
+    save_file({k: v.half().contiguous(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
 
 
-def train_classifier(path: Path, steps: int, batch: int, seed: int = 0) -> None:
+def train_classifier(path: Path, steps: int, batch: int, seed: int) -> None:
     """Digit, colour and ground from one picture; trained on all combinations, with a little pixel noise."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -101,14 +115,17 @@ def main() -> None:
     parser.add_argument("what", choices=["teacher", "classifier"])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loss", choices=["epsilon", "v"], default="epsilon", help="of the teacher")
+    parser.add_argument("--start", type=Path, default=None, help="a teacher to train on")
     parser.add_argument("--out", type=Path, default=None, help="default: the file that the demo loads")
     args = parser.parse_args()
     out = args.out or ASSETS / f"{args.what}.safetensors"
     out.parent.mkdir(exist_ok=True)
     if args.what == "teacher":
-        train_teacher(out, args.steps or 7000, args.batch)
+        train_teacher(out, args.steps or 7000, args.batch, args.loss, args.start, args.seed)
     else:
-        train_classifier(out, args.steps or 1500, args.batch)
+        train_classifier(out, args.steps or 1500, args.batch, args.seed)
 
 
 if __name__ == "__main__":
