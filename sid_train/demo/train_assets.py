@@ -81,7 +81,7 @@ def train_teacher(
         parameter.data.copy_(mean)
     tensors = {f"unet.{k}": v for k, v in teacher.unet.state_dict().items()}
     tensors |= {f"text_encoder.{k}": v for k, v in conditioner.state_dict().items()}
-    save_file({k: v.half().contiguous(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path)
 
 
 def train_classifier(path: Path, steps: int, batch: int, seed: int) -> None:

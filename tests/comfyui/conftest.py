@@ -51,8 +51,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def pack():
+def import_pack():
     """The pack, imported under the name that ComfyUI gives it, with ComfyUI's modules on the path."""
     sys.path.insert(0, str(COMFYUI))
     import comfy.cli_args
@@ -63,6 +62,11 @@ def pack():
     sys.modules[PACK] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def pack():
+    return import_pack()
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +89,17 @@ def model(unet_file):
     import torch
 
     return comfy.sd.load_diffusion_model(str(unet_file), model_options={"dtype": torch.float32})
+
+
+@pytest.fixture(scope="session")
+def server(pack, tmp_path_factory):
+    """A running ComfyUI with small models under the names that the workflows use."""
+    from comfy_server import Server
+    from helpers import module
+    from small_models import make_models
+
+    base = tmp_path_factory.mktemp("comfyui")
+    make_models(base, module(pack, "sid_train.core.recipe").SiDRecipe().to_metadata())
+    running = Server(COMFYUI, base)
+    yield running
+    running.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -69,6 +70,56 @@ def clip_tensors(seed: int = 0) -> dict[str, Tensor]:
     clip = comfy.sdxl_clip.SDXLClipModel(device="cpu", dtype=torch.float16)
     initialise(clip, seed)
     return dict(clip.state_dict())
+
+
+def controlnet_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """A ControlNet for the UNet, with ldm names."""
+    import comfy.ops
+    from comfy.cldm.cldm import ControlNet
+
+    config = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    network = ControlNet(**config, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return {f"control_model.{k}": v for k, v in initialise(network, seed).state_dict().items()}
+
+
+def lora_tensors(unet: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """A kohya LoRA of rank 4 on every attention projection of ``unet``."""
+    made = {}
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in unet.items():
+        if ".attn" in key and key.endswith(".weight") and weight.ndim == 2:
+            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+            made[f"{name}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+            made[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+            made[f"{name}.alpha"] = torch.tensor(4.0)
+    return made
+
+
+def checkpoint_tensors(unet: dict[str, Tensor]) -> dict[str, Tensor]:
+    """UNet, text encoders and VAE in one file, with the names that ComfyUI saves."""
+    import comfy.supported_models
+
+    config = comfy.supported_models.KOALA_700M(UNET_CONFIG)
+    return (
+        {f"model.diffusion_model.{k}": v for k, v in unet.items()}
+        | config.process_clip_state_dict_for_saving(clip_tensors())
+        | {f"first_stage_model.{k}": v for k, v in vae_tensors().items()}
+    )
+
+
+def make_models(base: Path, recipe: dict[str, str]) -> None:
+    """Small files under the names that the workflows use, in ``base/models``; ``recipe`` is a SiD file's metadata."""
+    models, unet = base / "models", unet_tensors()
+    checkpoint = save(models / "checkpoints" / "sdxl-sid-4step.safetensors", checkpoint_tensors(unet), recipe)
+    (models / "checkpoints" / "sd_xl_base_1.0.safetensors").hardlink_to(checkpoint)
+    save(models / "loras" / "sdxl-sid-4step-lora.safetensors", lora_tensors(unet), recipe)
+    save(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors", controlnet_tensors())
+    picture = torch.linspace(0, 255, 128).expand(128, 128).byte().numpy()
+    (base / "input").mkdir(exist_ok=True)
+    # The alpha channel is LoadImage's mask: the left half is to be painted anew.
+    Image.merge("RGBA", [Image.fromarray(p) for p in (picture, picture.T.copy(), picture, (picture > 127) * 255)]).save(
+        base / "input" / "example.png"
+    )
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

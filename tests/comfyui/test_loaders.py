@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers import conditioning, empty_latent, module, run, text_of
 from safetensors.torch import load_file, save_file
+from small_models import lora_tensors
 
 FROM_FILE = "from the file"
 
@@ -46,16 +48,7 @@ def tensors(unet_file: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def lora(tensors) -> dict:
-    """A kohya LoRA of rank 4 on every attention projection of the UNet."""
-    made = {}
-    generator = torch.Generator().manual_seed(0)
-    for key, weight in tensors.items():
-        if ".attn" in key and key.endswith(".weight") and weight.ndim == 2:
-            name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
-            made[f"{name}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
-            made[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
-            made[f"{name}.alpha"] = torch.tensor(4.0)
-    return made
+    return lora_tensors(tensors)
 
 
 class TestDiffusionModel:
@@ -101,6 +94,23 @@ class TestDiffusionModel:
             run(nodes["SiDDiffusionModelLoader"], unet_name=wrong)
         right = put("diffusion_models", "right.safetensors", tensors | v_pred | ztsnr, recipe.to_metadata())
         assert run(nodes["SiDDiffusionModelLoader"], unet_name=right)[1] == recipe
+
+    def test_models_loaded_one_after_the_other_are_freed(self, nodes, put, tensors, recipes):
+        import comfy.model_management
+        import psutil
+
+        name = put("diffusion_models", "mine.safetensors", tensors, recipes.SiDRecipe().to_metadata())
+        resident = []
+        for seed in range(8):
+            model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
+            inputs = {"positive": conditioning(1), "latent_image": empty_latent(), "recipe": recipe, "seed": seed}
+            run(nodes["SiDFewStepSampler"], model=model, **inputs)
+            del model
+            gc.collect()
+            comfy.model_management.cleanup_models()
+            resident.append(psutil.Process().memory_info().rss)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        assert resident[-1] - resident[3] < size
 
     def test_recipe_of_another_architecture(self, nodes, put, tensors, recipes):
         metadata = replace(recipes.SiDRecipe(), architecture="sid-demo-digits").to_metadata()

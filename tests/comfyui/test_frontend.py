@@ -1,0 +1,76 @@
+"""Every shipped workflow in ComfyUI's real frontend, in headless Chromium.
+
+``SID_SCREENSHOTS=workflows`` writes the thumbnails that the template browser shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_workflows import NAMES, SMALL, WORKFLOWS, api
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the frontend's tests need: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the frontend's tests need Chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 900})
+        page.goto(server.url)
+        page.wait_for_function(
+            "window.LiteGraph && window.LiteGraph.registered_node_types['SiDGuidance']", timeout=60_000
+        )
+        yield page
+        browser.close()
+
+
+def small(workflow: dict) -> dict:
+    """The workflow with pictures of 128x128 pixels."""
+    for node in workflow["nodes"]:
+        if node["type"] == "EmptyLatentImage":
+            node["widgets_values"][:2] = SMALL.values()
+    return workflow
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_in_the_frontend(page, server, name, tmp_path):
+    workflow = small(json.loads((WORKFLOWS / f"{name}.json").read_text()))
+    made = page.evaluate(
+        """async (workflow) => {
+            await app.loadGraphData(workflow);
+            const missing = app.graph.nodes.filter((n) => n.has_errors || !n.constructor?.nodeData && !n.isVirtualNode);
+            const { output } = await app.graphToPrompt();
+            return { output, missing: missing.map((n) => n.type) };
+        }""",
+        workflow,
+    )
+    assert made["missing"] == []
+    twin = api(name)
+    assert set(made["output"]) == set(twin)
+    for number, node in twin.items():
+        seen = made["output"][number]
+        assert (seen["class_type"], seen["inputs"]) == (node["class_type"], node["inputs"]), number
+
+    before = set(server.get("/history"))
+    page.evaluate("app.queuePrompt(0)")
+    page.wait_for_function(
+        "async () => { const q = await (await fetch('/queue')).json();"
+        " return q.queue_running.length + q.queue_pending.length === 0 }",
+        timeout=300_000,
+    )
+    (new,) = set(server.get("/history")) - before
+    assert server.wait(new)["status"]["status_str"] == "success"
+    page.wait_for_timeout(500)
+    shot = tmp_path / f"{name}.png"
+    page.screenshot(path=str(shot))
+    if folder := os.environ.get("SID_SCREENSHOTS"):
+        Image.open(shot).convert("RGB").resize((800, 450)).save(Path(folder) / f"{name}.jpg", quality=85)

@@ -1,0 +1,94 @@
+"""Every shipped workflow, run through a real ComfyUI server."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+NAMES = sorted(p.stem for p in WORKFLOWS.glob("*.json"))
+SMALL = {"width": 128, "height": 128}
+
+
+def api(name: str) -> dict:
+    """A workflow's API twin, its picture made small."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    for node in prompt.values():
+        node["inputs"].update({k: v for k, v in SMALL.items() if k in node["inputs"]})
+    return prompt
+
+
+def test_all_workflows_are_there():
+    assert len(NAMES) == 9
+    assert sorted(p.stem for p in (WORKFLOWS / "api").glob("*.json")) == NAMES
+    for name in NAMES:
+        assert Image.open(WORKFLOWS / f"{name}.jpg").size[0] >= 256
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_to_a_picture(server, name):
+    prompt = api(name)
+    outputs = server.run(prompt)
+    saved = [node for node, content in prompt.items() if content["class_type"] == "SaveImage"]
+    assert saved
+    for node in saved:
+        picture = np.asarray(Image.open(server.picture(outputs[node])))
+        assert picture.std() > 1
+
+
+def test_both_text_to_image_workflows_give_the_same_picture(server):
+    pictures = []
+    for name in ("text_to_image", "text_to_image_custom_sampling"):
+        prompt = api(name)
+        outputs = server.run(prompt)
+        (node,) = (node for node, content in prompt.items() if content["class_type"] == "SaveImage")
+        pictures.append(np.asarray(Image.open(server.picture(outputs[node]))))
+    assert np.array_equal(*pictures)
+
+
+def test_every_node_has_a_help_page_and_tooltips(server):
+    info = {k: v for k, v in server.get("/object_info").items() if k.startswith("SiD")}
+    assert len(info) == 11
+    for name, node in info.items():
+        assert node["category"] == "SiD"
+        assert node["display_name"].startswith("SiD ")
+        assert node["description"]
+        for kind in ("required", "optional"):
+            for key, spec in node["input"].get(kind, {}).items():
+                assert spec[1]["tooltip"], (name, key)
+        assert all(node["output_tooltips"]), name
+        page = Path(__file__).parents[2] / "nodes" / "web" / "docs" / f"{name}.md"
+        assert page.read_text().startswith(f"# {node['display_name']}\n")
+
+
+def test_workflows_are_templates(server):
+    assert sorted(server.get("/workflow_templates")["ComfyUI-SiD"]) == NAMES
+
+
+def test_interrupt_stops_within_a_step(server):
+    prompt = api("text_to_image")
+    for node in prompt.values():
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"].update({"width": 768, "height": 768})
+        if node["class_type"] == "SiDFewStepSampler":
+            node["inputs"].update({"steps": 8, "seed": 99})
+    prompt_id = server.queue(prompt)
+    while "%|" not in server.log.read_text().rpartition("got prompt")[2].rpartition("8 [")[0]:
+        time.sleep(0.05)
+    server.post("/interrupt", {})
+    entry = server.wait(prompt_id, timeout=30)
+    assert any(message[0] == "execution_interrupted" for message in entry["status"]["messages"])
+
+
+def test_error_reaches_the_user(server):
+    prompt = api("text_to_image")
+    for node in prompt.values():
+        if node["class_type"] == "SiDFewStepSampler":
+            node["inputs"]["guidance"] = "cfg"
+    with pytest.raises(RuntimeError, match="expected a negative prompt, but 'negative' is not connected"):
+        server.run(prompt)
