@@ -26,16 +26,19 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{k: v for k, v in (fields | {"category": CATEGORY}).items() if k in _SCHEMA_FIELDS})
 
 
-def tell(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
-    """Shows messages on the node and writes them to the log."""
-    text = "\n".join(messages)
-    if not text:
-        return
-    _log.warning("%s: %s", node.__name__, text)
+def show(node: type[io.ComfyNode], text: str) -> None:
+    """Shows ``text`` on the node."""
     web = sys.modules.get("server")  # absent when ComfyUI is used as a library
     server = getattr(web.PromptServer, "instance", None) if web else None
     if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
         server.send_progress_text(text, node.hidden.unique_id)
+
+
+def warn(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
+    """Shows what the user should know on the node, and logs it."""
+    if text := "\n".join(messages):
+        _log.warning("%s: %s", node.__name__, text)
+        show(node, text)
 
 
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:
@@ -72,13 +75,8 @@ def check_model(model, recipe: SiDRecipe | None, source: str) -> None:
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
-            f"{predicts}. "
-            + (
-                "A v-prediction file needs an empty tensor named 'v_pred' for ComfyUI to see it: export it again with "
-                "this version of sid_train."
-                if recipe.prediction_type == "v_prediction"
-                else "Choose the recipe that belongs to this model."
-            )
+            f"{predicts}. Recipe and model belong together: choose the other one. (ComfyUI takes a file for "
+            "v-prediction if it holds an empty tensor named 'v_pred'; sid_train writes it.)"
         )
     is_ztsnr = float(model.get_model_object("model_sampling").sigma_max) > 100
     if recipe.zero_terminal_snr != is_ztsnr:

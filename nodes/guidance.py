@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
 from ..sid_train.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
-from .common import RecipeType, StrategyType, check_choice, prediction_type, schema, tell
+from .common import RecipeType, StrategyType, check_choice, prediction_type, schema, warn
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
 
 AUTO = "auto"
@@ -128,7 +128,7 @@ class SiDGuidance(io.ComfyNode):
         recipe: SiDRecipe | None = None,
     ) -> io.NodeOutput:
         guider, messages = make_guider(model, positive, negative, recipe, guidance, cfg, nag_scale, nag_tau, nag_alpha)
-        tell(cls, messages)
+        warn(cls, messages)
         return io.NodeOutput(guider)
 
 

@@ -17,7 +17,7 @@ from ..sid_train.core.recipe import (
     has_recipe,
     read_safetensors_metadata,
 )
-from .common import RecipeType, check_choice, check_model, schema, tell
+from .common import RecipeType, check_choice, check_model, schema, warn
 
 FROM_FILE = "from the file"
 WEIGHT_DTYPES = {
@@ -132,7 +132,7 @@ class SiDCheckpointLoader(io.ComfyNode):
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
         check_model(model, how, path)
-        tell(cls, messages)
+        warn(cls, messages)
         return io.NodeOutput(model, clip, vae, how)
 
 
@@ -169,7 +169,7 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         how, messages = read_recipe(path, recipe)
         model = comfy.sd.load_diffusion_model(path, model_options=options)
         check_model(model, how, path)
-        tell(cls, messages)
+        warn(cls, messages)
         return io.NodeOutput(model, how)
 
 
@@ -257,5 +257,5 @@ class SiDLoRALoader(io.ComfyNode):
         patched, missed = apply_lora(model, path, strength, allow_partial)
         if missed:
             messages.append(f"{len(missed)} modules of the LoRA match nothing in this model: {', '.join(missed)}")
-        tell(cls, messages)
+        warn(cls, messages)
         return io.NodeOutput(patched, how)

@@ -23,7 +23,7 @@ from ..sid_train.core.sampling import (
     noise_sampler,
     seeded_noise,
 )
-from .common import RecipeType, check_choice, check_model, prediction_type, schema, tell
+from .common import RecipeType, check_choice, check_model, prediction_type, schema, warn
 from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
 from .nag import NAG_SCALE
 
@@ -219,7 +219,7 @@ class SiDFewStepSampler(io.ComfyNode):
         sigmas, messages = make_sigmas(model, recipe, steps, denoise)
         sampler = make_sampler(recipe, noise_mode, "noise" if denoise == 1 else "latent")
         guider, more = make_guider(model, positive, negative, recipe, guidance, cfg, nag_scale)
-        tell(cls, messages + more)
+        warn(cls, messages + more)
         return io.NodeOutput(*sample(guider, sampler, sigmas, latent_image, seed))
 
 
@@ -249,7 +249,7 @@ class SiDScheduler(io.ComfyNode):
                 f"denoise {denoise:g} rounds to all {len(sigmas) - 1} steps: set 'start' of SiD Sampler Select to "
                 "'latent' to keep something of the given picture."
             )
-        tell(cls, messages)
+        warn(cls, messages)
         return io.NodeOutput(sigmas)
 
 

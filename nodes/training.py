@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..sid_train.config import config_from_dict
 from ..sid_train.core.sampling import MAX_STEPS
 from ..sid_train.files import write_text
-from .common import StrategyType, schema, tell
+from .common import StrategyType, schema, show
 
 # The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
 GAN_WEIGHT = 0.01
@@ -85,7 +85,7 @@ class SiDTrainingRecipe(io.ComfyNode):
         write_text(path, config.to_toml())
         command = f"python -m sid_train distill --config {shlex.quote(str(path))} --out {shlex.quote(f'runs/{name}')}"
         text = f"{command}\n\n(in {Path(__file__).parents[1]}, after pip install -e . there)"
-        tell(cls, [text])
+        show(cls, text)
         return io.NodeOutput(command, ui=ui.PreviewText(text))
 
 
