@@ -39,7 +39,9 @@ def initialise(module: nn.Module, seed: int) -> nn.Module:
     """Random weights of a trained network's size: ComfyUI creates its layers uninitialised."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
-        if parameter.ndim < 2:
+        if parameter.ndim == 0:
+            continue  # TAESD's scale and shift
+        if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
             fan_in = parameter[0].numel()
@@ -114,12 +116,11 @@ def make_models(base: Path, recipe: dict[str, str]) -> None:
     (models / "checkpoints" / "sd_xl_base_1.0.safetensors").hardlink_to(checkpoint)
     save(models / "loras" / "sdxl-sid-4step-lora.safetensors", lora_tensors(unet), recipe)
     save(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors", controlnet_tensors())
-    picture = torch.linspace(0, 255, 128).expand(128, 128).byte().numpy()
+    ramp = torch.linspace(0, 255, 128).byte().expand(128, 128)
+    mask = (ramp > 127) * torch.tensor(255, dtype=torch.uint8)  # LoadImage paints where alpha is 0: the left half
     (base / "input").mkdir(exist_ok=True)
-    # The alpha channel is LoadImage's mask: the left half is to be painted anew.
-    Image.merge("RGBA", [Image.fromarray(p) for p in (picture, picture.T.copy(), picture, (picture > 127) * 255)]).save(
-        base / "input" / "example.png"
-    )
+    picture = torch.stack([ramp, ramp.T, ramp, mask], dim=-1)
+    Image.fromarray(picture.contiguous().numpy()).save(base / "input" / "example.png")
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
