@@ -68,6 +68,7 @@ def test_workflow_in_the_frontend(page, server, name, tmp_path):
         page.wait_for_timeout(200)
     assert len(new) == 1
     assert server.wait(new.pop())["status"]["status_str"] == "success"
+    page.keyboard.press("Escape")  # the template browser opens on a first visit
     page.wait_for_timeout(500)
     shot = tmp_path / f"{name}.png"
     page.screenshot(path=str(shot))
