@@ -265,7 +265,8 @@ def read_recipe(path: str | Path) -> SiDRecipe:
 
 
 def _preset(timesteps: tuple[int, ...], **facts: Any) -> SiDRecipe:
-    return replace(SiDRecipe(), **{"timesteps": timesteps, "t_init": timesteps[0], "ladder": "explicit"} | facts)
+    values: dict[str, Any] = {"timesteps": timesteps, "t_init": timesteps[0], "ladder": "explicit"}
+    return replace(SiDRecipe(), **values | facts)
 
 
 # For files that carry no recipe: how the publishers of each kind say that they are to be sampled.
