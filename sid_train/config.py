@@ -39,9 +39,15 @@ class DataConfig:
     """What the generator is asked for, and real examples if there are any."""
 
     prompts: str = "demo"
-    """A text file with one prompt a line, or 'demo'."""
+    """A .txt (one a line), .jsonl, .csv or .parquet file, a folder of captions, hf:owner/name, or 'demo'."""
     pairs: str = ""
-    """Real image-text pairs for the GAN branch: 'demo', or empty for data-free distillation."""
+    """Real image-text pairs for the GAN branch: a folder of pictures with captions, webdataset shards
+    (path/{0000..0099}.tar, or a folder of them), parquet, or 'demo'; empty for data-free distillation."""
+    buckets: bool = False
+    """Cut the pairs' pictures to SDXL's aspect buckets instead of to the generator's own size. Generated pictures keep
+    that size, which tells the discriminator something: false is the safe choice."""
+    cache: str = ""
+    """A folder that `sid_train encode` made of these prompts and pairs, read instead of encoding them; or empty."""
 
 
 @dataclass
@@ -148,6 +154,8 @@ class Config:
             )
         if self.data.pairs and not self.gan.enabled:
             raise ValueError("data.pairs: unused while gan.generator_weight is 0: set that weight, or drop the pairs")
+        if self.data.buckets and not self.data.pairs:
+            raise ValueError("data.buckets: unused without real pairs: set data.pairs, or buckets to false")
         changed = [f.name for f in dataclasses.fields(GANConfig) if getattr(self.gan, f.name) != f.default]
         if changed and not self.gan.enabled:
             raise ValueError(f"gan.{changed[0]}: unused while gan.generator_weight is 0")
