@@ -209,7 +209,9 @@ class Distiller:
 
         fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         # Real latents are noised with the same t, so that the discriminator cannot tell them by their noise level.
-        real_t = add_noise(real.latents, sigma, self._noise(len(x_g), rng))
+        # They may have another height and width (aspect buckets): losses see the logits' means only.
+        real_noise = torch.randn(real.latents.shape, generator=rng, device=rng.device)
+        real_t = add_noise(real.latents, sigma, real_noise)
         # As many of its prompts are dropped, so that no text does not mean generated.
         real_cond = real.cond.where(dropped, self.unconditional)
         real_logits = self.fake_score(real_t, sigma, real_cond, output="logits")
