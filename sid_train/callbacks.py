@@ -92,7 +92,7 @@ class Grids(Callback):
     def on_start(self, trainer: Trainer) -> None:
         # Evenly spread over the run's own prompts.
         rows = torch.linspace(0, len(trainer.prompts.prompts) - 1, self.PICTURES).long()
-        self.cond = trainer.prompts.cond[rows.to(trainer.accelerator.device)]
+        self.cond = trainer.prompts.read(rows.tolist())
 
     def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
         if trainer.iteration % self.every:

@@ -1,0 +1,220 @@
+"""A folder of encoded prompts and pairs: safetensors shards, and an index that is written when all of them are there.
+
+Each shard has one tensor a field, rows along the first axis: ``row`` (int64, the row's place in the list of prompts or
+pairs), the fields of ``Conditioning`` and, for pairs, ``latents``. Facts about what was encoded are in the index and in
+every shard's header, so that a cache of something else is never taken for this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..distiller import RealBatch
+from ..files import replacing, write_text
+from ..models.conditioning import Conditioning
+from .pairs import RowPicker
+from .pictures import Pictures
+
+if TYPE_CHECKING:
+    from ..core.recipe import Unconditional
+    from ..models.bundle import ModelBundle
+
+INDEX_FILE = "index.json"
+UNCONDITIONAL_FILE = "unconditional.safetensors"
+FORMAT = 1
+CONDITIONING_FIELDS = tuple(field.name for field in fields(Conditioning))
+
+Facts = dict[str, Any]
+"""What a cache was made of, in JSON's types."""
+ShardIndex = list[dict[str, Any]]
+"""``{"file": name, "rows": count}`` for each shard of one table."""
+
+
+def model_facts(bundle: ModelBundle) -> Facts:
+    return {"format": FORMAT, "model": f"SHA-256 {bundle.file_hash}", "image_size": list(bundle.image_size)}
+
+
+def prompt_facts(prompts: list[str]) -> Facts:
+    return {"prompts": _digest(prompts)}
+
+
+def pair_facts(pictures: Pictures, buckets: bool) -> Facts:
+    """Pictures are told by file name, caption and size in bytes: to read all of them takes too long at every start."""
+    entries = [[entry.file.name, entry.caption, entry.size, entry.offset] for entry in pictures.entries]
+    return {"pairs": _digest(entries), "buckets": buckets}
+
+
+def _digest(items: list) -> str:
+    return f"{len(items)} rows, SHA-256 {hashlib.sha256(json.dumps(items).encode()).hexdigest()}"
+
+
+def require_same(found: Facts, expected: Facts, where: str) -> None:
+    """ValueError that says which of the ``expected`` facts ``where`` has otherwise."""
+    differ = [f"{k} ({found.get(k)!r} there, {v!r} here)" for k, v in expected.items() if found.get(k) != v]
+    if differ:
+        raise ValueError(
+            f"{where}: was encoded from something else: {', '.join(differ)}. Encode into another folder, or put the "
+            f"old data and settings back"
+        )
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
+    """The whole file or none of it. One metadata key, since safetensors writes several in any order."""
+    with replacing(path) as temporary:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {"facts": json.dumps(facts, sort_keys=True)})
+
+
+def shard_is_there(path: Path, facts: Facts) -> bool:
+    """Whether an earlier run finished this shard; ValueError if it did so from something else."""
+    if not path.is_file():
+        return False
+    with _open_shard(path) as file:
+        require_same(_facts_of(file), facts, str(path))
+    return True
+
+
+def write_index(folder: Path, facts: Facts, prompts: ShardIndex, pairs: ShardIndex) -> None:
+    content = {"facts": facts, "unconditional": UNCONDITIONAL_FILE, "prompts": prompts, "pairs": pairs}
+    write_text(folder / INDEX_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {INDEX_FILE}: expected a folder that 'sid_train encode' finished")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"facts", "unconditional", "prompts", "pairs"} <= content.keys():
+        raise ValueError(f"{path}: not the index of a cache: encode into another folder")
+    return content
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Rows of one table by their place in its list. Files are mapped into memory: only what is read is loaded."""
+
+    def __init__(self, folder: Path, index: ShardIndex, facts: Facts):
+        self.files = [folder / shard["file"] for shard in index]
+        self.latent_shapes: list[tuple[int, ...]] = []  # of each row, where there are latents
+        count = sum(shard["rows"] for shard in index)
+        self.shard = torch.full((count,), -1)
+        self.position = torch.empty(count, dtype=torch.int64)
+        shapes: dict[int, tuple[int, ...]] = {}
+        for number, path in enumerate(self.files):
+            with _open_shard(path) as file:
+                require_same(_facts_of(file), facts, str(path))
+                rows = file.get_tensor("row").clone()
+                if "latents" in file.keys():  # noqa: SIM118  # not a dict
+                    shapes[number] = tuple(file.get_slice("latents").get_shape()[1:])
+            if len(rows) != index[number]["rows"]:
+                raise ValueError(f"{path}: expected {index[number]['rows']} rows, got {len(rows)}: encode it anew")
+            self.shard[rows] = number
+            self.position[rows] = torch.arange(len(rows))
+        if (self.shard < 0).any():
+            raise ValueError(f"{folder}: row {int((self.shard < 0).nonzero()[0])} is in no shard: encode it anew")
+        if shapes:
+            self.latent_shapes = [shapes[number] for number in self.shard.tolist()]
+
+    def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """All fields of ``rows``, in the order given; each shard is opened once."""
+        found: dict[str, list[Tensor]] = {}
+        shards = self.shard[list(rows)]
+        order = torch.argsort(shards, stable=True).tolist()
+        for number in shards.unique().tolist():
+            with _open_shard(self.files[number]) as file:
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    part = file.get_slice(name)
+                    for k in order:
+                        if shards[k] == number:
+                            at = int(self.position[rows[k]])
+                            found.setdefault(name, []).append(part[at : at + 1])
+        back = torch.argsort(torch.tensor(order))
+        return {name: torch.cat(parts)[back] for name, parts in found.items()}
+
+
+class CachedRows:
+    """Encoded prompts from a cache (an ``EncodedRows``)."""
+
+    def __init__(self, shards: Shards):
+        self.shards = shards
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        return _conditioning(self.shards.read(rows))
+
+
+class CachedPairs:
+    """Latents and their own prompts' conditioning from a cache (a ``PairSource``)."""
+
+    def __init__(self, shards: Shards, rank: int, world: int):
+        self.shards = shards
+        self.picker = RowPicker(shards.latent_shapes, rank, world)
+
+    def draw(self, batch: int, rng: torch.Generator) -> RealBatch:
+        tensors = self.shards.read(self.picker.draw(batch, rng))
+        return RealBatch(tensors["latents"].to(rng.device), _conditioning(tensors).to(rng.device))
+
+
+class Cache:
+    """A finished cache."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.index = read_index(folder)
+        self.facts: Facts = self.index["facts"]
+
+    def expect(self, facts: Facts) -> None:
+        """ValueError if the cache was made of something else than ``facts`` say."""
+        require_same(self.facts, facts, f"data.cache: {self.folder}")
+
+    def prompts(self) -> CachedRows:
+        return CachedRows(Shards(self.folder, self.index["prompts"], self.facts))
+
+    def pairs(self, rank: int, world: int) -> CachedPairs:
+        return CachedPairs(Shards(self.folder, self.index["pairs"], self.facts), rank, world)
+
+    def unconditional(self, kind: Unconditional) -> Conditioning:
+        """The embedding of no text, a single row."""
+        path = self.folder / self.index["unconditional"]
+        with _open_shard(path) as file:
+            require_same(_facts_of(file), self.facts, str(path))
+            tensors = {name: file.get_tensor(f"{kind}.{name}").clone() for name in CONDITIONING_FIELDS}
+        return _conditioning(tensors)
+
+
+def _conditioning(tensors: dict[str, Tensor]) -> Conditioning:
+    return Conditioning(**{name: tensors[name] for name in CONDITIONING_FIELDS})
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file, but the index lists it: encode into this folder again")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}. Remove it and encode again") from None
+    with file:
+        yield file
+
+
+def _facts_of(file: Any) -> Facts:
+    return json.loads((file.metadata() or {}).get("facts", "{}"))

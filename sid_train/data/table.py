@@ -1,0 +1,107 @@
+"""The prompts of a run: encoded once, at draw time, or long ago."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..models.conditioning import Conditioner, Conditioning
+from .prompts import load_prompts
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
+    from ..core.recipe import Unconditional
+    from ..models.bundle import ModelBundle
+
+EAGER_LIMIT = 4096
+"""Up to this many prompts are encoded once and kept (2.6 GB in fp32 for SDXL); more are encoded when drawn."""
+
+
+class EncodedRows(Protocol):
+    """Encoded prompts by their place in the list."""
+
+    def read(self, rows: Sequence[int]) -> Conditioning: ...
+
+
+def encode_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> Conditioning:
+    """The prompts' conditioning on the CPU, encoded one by one: a matrix product rounds differently in another batch,
+    and a prompt's embedding must not depend on which others it was drawn or cached with.
+    """
+    with torch.no_grad():
+        return Conditioning.cat([conditioner.encode([prompt]).to("cpu") for prompt in prompts])
+
+
+class LiveRows:
+    """Prompts encoded by the text encoder: all at the start if they are few, else those that are read."""
+
+    def __init__(self, prompts: list[str], conditioner: Conditioner):
+        self.prompts, self.conditioner = prompts, conditioner
+        self.encoded = encode_prompts(conditioner, prompts) if len(prompts) <= EAGER_LIMIT else None
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        if self.encoded is not None:
+            return self.encoded[list(rows)]
+        return encode_prompts(self.conditioner, [self.prompts[row] for row in rows])
+
+
+def rank_rows(count: int, rank: int, world: int, what: str) -> range:
+    """Every ``world``-th row from ``rank`` on: the ranks' shares are disjoint and cover all ``count`` rows."""
+    if count < world:
+        raise ValueError(f"{what}: expected at least one for each of {world} processes, got {count}")
+    return range(rank, count, world)
+
+
+class PromptTable:
+    """The prompts of one process of a run; batches are drawn from its own share of them.
+
+    unconditional: the embedding of no text, a single row on ``device``
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        encoded: EncodedRows,
+        unconditional: Conditioning,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.prompts, self.encoded, self.device = prompts, encoded, device
+        self.unconditional = unconditional.to(device)
+        self.share = rank_rows(len(prompts), rank, world, "data.prompts")
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        """The conditioning of any prompts of the run, by their place in ``prompts``."""
+        return self.encoded.read(rows).to(self.device)
+
+    def draw_rows(self, batch: int, rng: torch.Generator) -> list[int]:
+        """``batch`` rows of this process's share, uniformly with replacement: the generator is all the state."""
+        index = torch.randint(len(self.share), (batch,), generator=rng, device=rng.device)
+        return [self.share[i] for i in index.tolist()]
+
+    def draw(self, batch: int, rng: torch.Generator) -> Conditioning:
+        """The conditioning of ``batch`` prompts of this process's share."""
+        return self.read(self.draw_rows(batch, rng))
+
+
+def load_prompt_table(
+    data: DataConfig,
+    bundle: ModelBundle,
+    unconditional: Unconditional,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+) -> PromptTable:
+    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used."""
+    prompts = load_prompts(data.prompts, report=rank == 0)
+    if not data.cache:
+        encoded = LiveRows(prompts, bundle.conditioner)
+        return PromptTable(prompts, encoded, bundle.unconditional(unconditional), device, rank, world)
+    from .cache import Cache, model_facts, prompt_facts
+
+    cache = Cache(Path(data.cache))
+    cache.expect(model_facts(bundle) | prompt_facts(prompts))
+    return PromptTable(prompts, cache.prompts(), cache.unconditional(unconditional), device, rank, world)
