@@ -18,7 +18,7 @@ from .callbacks import Callback, Progress
 from .checkpoint import Facts, load_checkpoint, save_checkpoint
 from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
 from .core.recipe import SiDRecipe
-from .data import PairSource, PromptTable, load_prompts
+from .data import load_pairs, load_prompt_table
 from .distiller import Distiller, Losses
 from .distributed import any_rank, gather_states, rank_generator, seed_everything, shared_generator
 from .ema import EMA
@@ -74,14 +74,15 @@ class Trainer:
         self.generator, self.fake_score, self.generator_optimizer, self.fake_score_optimizer = self.accelerator.prepare(
             generator, fake_score, adam(generator, optimizer.generator_lr), adam(fake_score, optimizer.fake_score_lr)
         )
-        self.prompts = PromptTable(load_prompts(config.data.prompts), self.bundle.conditioner, device)
-        self.pairs = _load_pairs(config.data.pairs, self.bundle) if config.data.pairs else None
+        data, ranks = config.data, (self.accelerator.process_index, self.accelerator.num_processes)
+        self.prompts = load_prompt_table(data, self.bundle, config.model.unconditional, device, *ranks)
+        self.pairs = load_pairs(data.pairs, self.bundle, data.buckets, data.cache, *ranks) if data.pairs else None
         self.distiller = Distiller(
             self.generator,
             self.fake_score,
             teacher,
             self.bundle.denoiser.schedule,
-            self.bundle.unconditional(config.model.unconditional).to(device),
+            self.prompts.unconditional,
             self.bundle.latent_shape,
             config.method,
             config.gan,
@@ -296,14 +297,6 @@ def _load_init_generator(source: str, teacher: ModelBundle) -> nn.Module:
             f"{start.architecture} in {source}"
         )
     return start.denoiser.eval()
-
-
-def _load_pairs(source: str, bundle: ModelBundle) -> PairSource:
-    if source != "demo":
-        raise ValueError(f"data.pairs: expected 'demo', got {source!r}")
-    from .demo.digits import DigitPairs
-
-    return DigitPairs(bundle.codec, bundle.conditioner)
 
 
 class _StopOnSignal:
