@@ -45,6 +45,13 @@ def distill(args: argparse.Namespace) -> None:
         print(f"Exported {file}. Sample it: python -m sid_train sample {file} --prompt ...")
 
 
+def encode(args: argparse.Namespace) -> None:
+    from .config import load_config
+    from .encode import encode_cache
+
+    encode_cache(load_config(args.config, args.set), args.out, args.shard_size, args.dtype)
+
+
 def sample(args: argparse.Namespace) -> None:
     from .files import replacing
     from .images import image_grid, to_pil
@@ -113,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     sub.add_argument("--out", type=Path, required=True, help="the run's folder")
+
+    sub = command(encode, "encode prompts and pairs once, for runs without a text encoder; continues after a stop")
+    sub.add_argument("--config", required=True, help="the configuration of the run that will read them")
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    sub.add_argument("--out", type=Path, required=True, help="the cache's folder: data.cache of that run")
+    sub.add_argument("--shard-size", type=int, default=512, help="prompts or pairs a file (default: 512)")
+    sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: what they are computed in, exact")
 
     sub = command(sample, "make pictures with a distilled generator")
     sub.add_argument("model", help="a safetensors file that carries a recipe")
