@@ -247,6 +247,66 @@ class TestNAG:
         assert torch.equal(blend(positive, negative, 2.0, 1.0, 0.0), positive)
 
 
+@pytest.fixture(scope="module")
+def loras(unet_file) -> list[dict]:
+    from safetensors.torch import load_file
+    from small_models import lora_tensors
+
+    return [lora_tensors(load_file(unet_file), seed) for seed in (1, 2)]
+
+
+class TestWithOtherNodes:
+    """LoRAs, hooks and ControlNet as ComfyUI's own nodes apply them."""
+
+    @pytest.fixture
+    def sample(self, nodes, model, make_recipe):
+        def run_sampler(**changes) -> torch.Tensor:
+            inputs = {"model": model, "positive": conditioning(1), "latent_image": empty_latent(), "seed": 0}
+            return run(nodes["SiDFewStepSampler"], **(inputs | {"recipe": make_recipe()} | changes))[0]["samples"]
+
+        return run_sampler
+
+    def test_lora_stack(self, sample, model, loras):
+        import comfy.sd
+
+        def stacked(order) -> torch.Tensor:
+            patched = model
+            for tensors in order:
+                patched, _ = comfy.sd.load_lora_for_models(patched, None, tensors, 0.7, 0.0)
+            return sample(model=patched)
+
+        plain, one, both, swapped = (stacked(o) for o in ([], loras[:1], loras, loras[::-1]))
+        torch.testing.assert_close(both, swapped, rtol=1e-3, atol=1e-3)
+        assert (plain - one).abs().max() > 1e-2
+        assert (one - both).abs().max() > 1e-2
+        assert torch.equal(plain, stacked([]))  # the patches are taken off again
+
+    def test_lora_hook_equals_the_lora(self, sample, model, loras):
+        import comfy.hooks
+        import comfy.sd
+
+        hook = comfy.hooks.create_hook_lora(loras[0], 0.7, 0.0)
+        hooked = comfy.hooks.set_hooks_for_conditioning(conditioning(1), hook)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, loras[0], 0.7, 0.0)
+        torch.testing.assert_close(sample(positive=hooked), sample(model=patched), rtol=1e-3, atol=1e-3)
+        assert (sample(positive=hooked) - sample()).abs().max() > 1e-2
+
+    def test_controlnet_with_every_guidance(self, sample):
+        import comfy.controlnet
+        from small_models import controlnet_tensors
+
+        import nodes as comfyui_nodes
+
+        network = comfy.controlnet.load_controlnet_state_dict(controlnet_tensors())
+        hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(1))
+        apply = comfyui_nodes.ControlNetApplyAdvanced().apply_controlnet
+        positive, negative = apply(conditioning(1), conditioning(2), network, hint, 0.5, 0.0, 1.0)
+        for guidance in ("none", "cfg", "cfg first step only", "nag"):
+            controlled = sample(positive=positive, negative=negative, guidance=guidance)
+            assert (controlled - sample(negative=conditioning(2), guidance=guidance)).abs().max() > 1e-2, guidance
+        assert (controlled - sample(positive=positive)).abs().max() > 1e-2  # nag acts beside the ControlNet
+
+
 def test_model_is_left_as_it_was(nodes, model, make_recipe):
     before = str(model.model_options)
     run(
