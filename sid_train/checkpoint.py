@@ -30,7 +30,7 @@ def save_checkpoint(
         tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{index}.{k}": v for k, v in state.items()}
+            tensors |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     for name, states in generator_states.items():
         tensors |= {f"{name}.{rank}": state for rank, state in enumerate(states)}
     # Clones, since safetensors refuses tensors that share memory.
@@ -49,17 +49,9 @@ def load_checkpoint(
 
     A generator comes with the rank whose state it takes and the number of ranks.
     """
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    with file:
-        metadata = file.metadata() or {}
-        if metadata.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {metadata.get('format_version')}"
-            )
+    with _open(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        facts = _facts(file)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -77,4 +69,27 @@ def load_checkpoint(
         if len(states) != ranks:
             raise ValueError(f"{path}: was written by {len(states)} process(es), not {ranks}: start as many as before")
         generator.set_state(states[str(rank)])
-    return json.loads(metadata["facts"])
+    return facts
+
+
+def read_network(path: Path, name: str) -> tuple[dict[str, Tensor], Facts]:
+    """The state of one network in a checkpoint, without reading the others, and the facts."""
+    prefix = f"{name}."
+    with _open(path) as file:
+        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # not a dict
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, _facts(file)
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    version = (file.metadata() or {}).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {version}")
+    return file
+
+
+def _facts(file: safe_open) -> Facts:
+    return json.loads(file.metadata()["facts"])

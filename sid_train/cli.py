@@ -32,7 +32,7 @@ def distill(args: argparse.Namespace) -> None:
     from .callbacks import Grids
     from .config import load_config
     from .export import export_generator
-    from .trainer import Trainer
+    from .trainer import Trainer, load_run_generator
 
     config = load_config(args.config, args.set)
     print(config.to_toml(), flush=True)
@@ -41,7 +41,8 @@ def distill(args: argparse.Namespace) -> None:
     trainer.run()
     if trainer.accelerator.is_main_process:
         file = args.out / "generator.safetensors"
-        export_generator(file, trainer.ema.average, trainer.bundle, trainer.recipe())
+        bundle, recipe = load_run_generator(args.out)
+        export_generator(file, bundle.denoiser, bundle, recipe)
         print(f"Exported {file}. Sample it: python -m sid_train sample {file} --prompt ...")
 
 

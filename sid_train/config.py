@@ -32,6 +32,22 @@ class ModelConfig:
     """A SiD generator of the same architecture to start from (SiD2a); empty: start from the teacher."""
     unconditional: Unconditional = "empty"
     """The embedding of no text: empty encodes "" (ComfyUI's way), zeros is diffusers' default for SDXL."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights that are not trained: the teacher's, which under adapters are those of all networks."""
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA distillation: one frozen UNet in memory instead of four trained or copied ones."""
+
+    rank: int = 0
+    """Rank of the generator's and the fake score's adapters; 0 trains whole copies of the UNet instead."""
+    targets: Literal["all", "attention"] = "all"
+    """all: attention, feed-forward, convolutions and time projections, as LCM's and DMD2's LoRAs; or attention only."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"adapter.rank: expected 0 or more, got {self.rank}")
 
 
 @dataclass
@@ -54,6 +70,8 @@ class DataConfig:
 class OptimizerConfig:
     """Adam for both networks and the generator's running average."""
 
+    kind: Literal["adam", "adam8bit"] = "adam"
+    """adam8bit: bitsandbytes' Adam with 8-bit states; needs a CUDA device and pip install bitsandbytes."""
     generator_lr: float = 1e-6
     """Learning rate of the generator."""
     fake_score_lr: float = 1e-6
@@ -103,6 +121,8 @@ class TrainingConfig:
     """Updates of the fake score for each of the generator."""
     generator_start_images: int = 0
     """The fake score (and discriminator) learns alone for this many images first."""
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, a third more time."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """no: fp32; bf16: autocast. fp16 is not offered: the method diverges in it."""
     seed: int = 0
@@ -141,6 +161,7 @@ class Config:
     """Everything about a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     gan: GANConfig = field(default_factory=GANConfig)
@@ -159,6 +180,8 @@ class Config:
         changed = [f.name for f in dataclasses.fields(GANConfig) if getattr(self.gan, f.name) != f.default]
         if changed and not self.gan.enabled:
             raise ValueError(f"gan.{changed[0]}: unused while gan.generator_weight is 0")
+        if self.adapter.targets != "all" and not self.adapter.rank:
+            raise ValueError("adapter.targets: unused while adapter.rank is 0: set the rank, or drop the targets")
         if self.method.matching == "final" and self.method.steps == 1:
             raise ValueError("method.matching: 'final' is the same as 'uniform' at one step: use uniform")
 

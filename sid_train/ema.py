@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 
 class EMA:
-    """Exponential moving average with a half-life in images, short at the start of a run (SiD, arXiv 2404.04057)."""
+    """Exponential moving average with a half-life in images, short at the start of a run (SiD, arXiv 2404.04057).
 
-    def __init__(self, network: nn.Module, halflife_images: float, rampup: float):
-        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+    ``average`` is the network that holds it; it starts with the weights that it has.
+    """
+
+    def __init__(self, average: nn.Module, halflife_images: float, rampup: float):
+        self.average = average
         self.halflife_images, self.rampup = halflife_images, rampup
 
     def decay(self, images_seen: int, batch_size: int) -> float:

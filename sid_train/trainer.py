@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from .callbacks import Callback, Progress
-from .checkpoint import Facts, load_checkpoint, save_checkpoint
+from .checkpoint import Facts, load_checkpoint, read_network, save_checkpoint
 from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
 from .core.recipe import SiDRecipe
 from .data import load_pairs, load_prompt_table
@@ -25,7 +24,10 @@ from .ema import EMA
 from .errors import Interrupted, NonFiniteError
 from .export import make_recipe
 from .files import write_text
+from .models.adapters import adapter_from_state, merge_adapter
 from .models.bundle import ModelBundle, load_model
+from .models.networks import build_networks
+from .models.unet import UNetDenoiser
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.toml"
@@ -57,22 +59,27 @@ class Trainer:
             raise ValueError(
                 f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model"
             )
-        teacher = self.bundle.denoiser.to(device).eval().requires_grad_(False)
-        generator = copy.deepcopy(teacher)
+        init_generator = None
         if config.model.init_generator:
-            generator = _load_init_generator(config.model.init_generator, self.bundle).to(device)
-        self.ema = EMA(generator, optimizer.ema_halflife_images, optimizer.ema_rampup)
-        fake_score = copy.deepcopy(teacher)
-        # No dropout or batch statistics in these networks: eval() everywhere, so that all three compute alike.
-        generator.requires_grad_(True)
-        fake_score.requires_grad_(True)
+            init_generator = _load_init_generator(config.model.init_generator, self.bundle).to(device)
+        networks = build_networks(
+            self.bundle.denoiser.to(device),
+            init_generator,
+            config.adapter,
+            config.model.frozen_dtype,
+            training.gradient_checkpointing,
+        )
+        self.ema = EMA(networks.generator_ema, optimizer.ema_halflife_images, optimizer.ema_rampup)
 
-        def adam(network: nn.Module, lr: float) -> torch.optim.Adam:
+        def adam(network: nn.Module, lr: float) -> torch.optim.Optimizer:
             betas = (float(optimizer.beta1), float(optimizer.beta2))
-            return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
+            return _adam_class(optimizer.kind)(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
 
         self.generator, self.fake_score, self.generator_optimizer, self.fake_score_optimizer = self.accelerator.prepare(
-            generator, fake_score, adam(generator, optimizer.generator_lr), adam(fake_score, optimizer.fake_score_lr)
+            networks.generator,
+            networks.fake_score,
+            adam(networks.generator, optimizer.generator_lr),
+            adam(networks.fake_score, optimizer.fake_score_lr),
         )
         data, ranks = config.data, (self.accelerator.process_index, self.accelerator.num_processes)
         self.prompts = load_prompt_table(data, self.bundle, config.model.unconditional, device, *ranks)
@@ -80,7 +87,7 @@ class Trainer:
         self.distiller = Distiller(
             self.generator,
             self.fake_score,
-            teacher,
+            networks.teacher,
             self.bundle.denoiser.schedule,
             self.prompts.unconditional,
             self.bundle.latent_shape,
@@ -242,6 +249,16 @@ class Trainer:
         }
 
 
+def _adam_class(kind: str) -> type[torch.optim.Optimizer]:
+    if kind == "adam":
+        return torch.optim.Adam
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError("optimizer.kind: adam8bit needs a CUDA device and: pip install bitsandbytes") from None
+    return bitsandbytes.optim.Adam8bit
+
+
 def _check_run_dir(config: Config, run_dir: Path) -> None:
     """A folder that holds a run must hold one with the same configuration."""
     if not (run_dir / CONFIG_FILE).is_file():
@@ -274,8 +291,12 @@ def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
     if not path.is_file():
         raise ValueError(f"{run_dir}: the run has no checkpoint yet")
     bundle = load_model(config.model.teacher)
-    facts = load_checkpoint(path, {"generator_ema": bundle.denoiser}, {}, {})
+    state, facts = read_network(path, "generator_ema")
     _check_teacher(facts, bundle, path)
+    if config.adapter.rank:
+        merge_adapter(bundle.denoiser.unet, adapter_from_state(state))
+    else:
+        bundle.denoiser.load_state_dict(state)
     return bundle, make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
 
 
@@ -287,7 +308,7 @@ def _check_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:
         )
 
 
-def _load_init_generator(source: str, teacher: ModelBundle) -> nn.Module:
+def _load_init_generator(source: str, teacher: ModelBundle) -> UNetDenoiser:
     start = load_model(source)
     if start.recipe is None:
         raise ValueError(f"model.init_generator: {source} carries no SiD recipe: expected a SiD generator")
@@ -296,7 +317,7 @@ def _load_init_generator(source: str, teacher: ModelBundle) -> nn.Module:
             f"model.init_generator: expected the teacher's architecture {teacher.architecture}, got "
             f"{start.architecture} in {source}"
         )
-    return start.denoiser.eval()
+    return start.denoiser
 
 
 class _StopOnSignal:

@@ -1,5 +1,6 @@
 """The loop on the demo's own networks, a few iterations each."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -188,3 +189,62 @@ def test_two_processes_train_one_generator(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("ranks agree") == 2
+
+
+ADAPTERS = ("adapter.rank=4", "training.gradient_checkpointing=true", "optimizer.generator_lr=1e-3")
+
+
+def test_a_run_with_adapters_continues_bit_identically_with_the_gan_branch(tmp_path):
+    config = small(*ADAPTERS, "data.pairs=demo", "gan.generator_weight=0.01")
+    Trainer(config, tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        Trainer(config, tmp_path / "parts", [SignalAfter(2, signal.SIGTERM), Grids(1)]).run()
+    Trainer(config, tmp_path / "parts").run()
+    whole, parts = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    # The checkpoint holds the adapters and their optimizers' states, not the UNet.
+    assert {key.split("/")[-1] for key in whole if key.startswith("generator.")} == {"lora_A", "lora_B"}
+
+
+def test_adapters_train_and_export_as_what_they_compute(tmp_path):
+    trainer = Trainer(small(*ADAPTERS), tmp_path)
+    teacher = load_model("demo").denoiser
+    trainer.run()
+    for network in (trainer.generator, trainer.fake_score, trainer.ema.average):
+        ups = [p for name, p in network.named_parameters() if name.endswith("lora_B")]
+        assert all(p.abs().max() > 0 for p in ups)  # they start at 0
+    base = dict(trainer.bundle.denoiser.named_parameters())
+    for name, weight in teacher.named_parameters():
+        parent, _, kind = name.rpartition(".")
+        assert torch.equal(base.get(f"{parent}.base_layer.{kind}", base.get(name)), weight), name
+    bundle, _ = load_run_generator(tmp_path)
+    cond = bundle.conditioner.encode(["a red three on a blue ground"])
+    x, sigma = torch.randn(1, *bundle.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([2.5])
+    with torch.no_grad():
+        merged, adapted = bundle.denoiser(x, sigma, cond), trainer.ema.average(x, sigma, cond)
+        assert not torch.allclose(merged, teacher(x, sigma, cond), atol=1e-3)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_figure(tmp_path):
+    for name, value in (("plain", "false"), ("checkpointed", "true")):
+        Trainer(small(f"training.gradient_checkpointing={value}", iterations=2), tmp_path / name).run()
+    plain, checkpointed = (load_file(tmp_path / n / CHECKPOINT_FILE) for n in ("plain", "checkpointed"))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(checkpointed[key], tensor, msg=key)
+
+
+@pytest.mark.parametrize("adapter", [(), ADAPTERS])
+def test_frozen_weights_in_bf16(tmp_path, adapter):
+    trainer = Trainer(small(*adapter, "model.frozen_dtype=bf16", "training.mixed_precision=bf16"), tmp_path)
+    trainer.run()
+    assert trainer.bundle.denoiser.unet.conv_in.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trainer.generator.parameters())
+
+
+def test_8_bit_adam_says_what_it_needs(tmp_path):
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ValueError, match="adam8bit needs a CUDA device and: pip install bitsandbytes"):
+        Trainer(small("optimizer.kind=adam8bit"), tmp_path)

@@ -20,7 +20,7 @@ from ..export import export_generator
 from ..files import replacing, write_text
 from ..models.bundle import ModelBundle, load_generator, load_model
 from ..sample import sample_images, sample_latents
-from ..trainer import Trainer
+from ..trainer import Trainer, load_run_generator
 from .baselines import SAMPLING_SEED, SUBJECT_SETS, TEACHER_STEPS, evaluation_subjects, load_baselines, teacher_images
 from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
 from .metrics import DigitEvaluator, Row
@@ -104,7 +104,8 @@ def run_demo(
     trainer.run()
 
     file = out / "generator.safetensors"
-    export_generator(file, trainer.ema.average, trainer.bundle, trainer.recipe())
+    distilled, recipe = load_run_generator(run_dir)
+    export_generator(file, distilled.denoiser, distilled, recipe)
     print(f"Exported {file}; measuring ...", flush=True)
     (generator, recipe), teacher = load_generator(str(file)), load_model("demo")
     baselines = load_baselines(teacher, recompute=full)

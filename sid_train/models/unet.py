@@ -31,10 +31,11 @@ class UNetDenoiser(nn.Module):
         ``logits``: the discriminator's map [B, h, w] instead, at the cost of the encoder alone: the mid block's output
         averaged over its channels (Diffusion GAN, arXiv 2410.14919). ``x0_and_logits``: both, from one pass.
         """
-        sample = (x * input_scale(sigma, x)).to(self.unet.dtype)
+        dtype = self.unet.conv_in.weight.dtype  # unet.dtype is that of an adapter, where there is one
+        sample = (x * input_scale(sigma, x)).to(dtype)
         timestep = self.schedule.timestep(sigma)
-        text = cond.text.to(self.unet.dtype)
-        added = {"text_embeds": cond.pooled.to(self.unet.dtype), "time_ids": cond.time_ids}
+        text = cond.text.to(dtype)
+        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
         if output == "logits":
             return _channel_mean(self._encode(sample, timestep, text, added))
 
