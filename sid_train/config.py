@@ -27,7 +27,9 @@ class ModelConfig:
     """The networks' initial weights."""
 
     teacher: str = "demo"
-    """The model to distil: 'demo', the embedded teacher."""
+    """The model to distil: an SDXL .safetensors file, diffusers folder or hub id; or 'demo', the embedded one."""
+    resolution: int = 0
+    """Height and width in pixels of what is generated; 0 is the model's own, 1,024 for SDXL."""
     init_generator: str = ""
     """A SiD generator of the same architecture to start from (SiD2a); empty: start from the teacher."""
     unconditional: Unconditional = "empty"

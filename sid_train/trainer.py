@@ -26,7 +26,7 @@ from .export import make_recipe
 from .files import write_text
 from .models.adapters import adapter_from_state, merge_adapter
 from .models.bundle import ModelBundle, load_model
-from .models.networks import build_networks
+from .models.networks import DTYPES, build_networks
 from .models.unet import UNetDenoiser
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -54,7 +54,9 @@ class Trainer:
             )
         self.micro_batch = training.batch_size // (self.accelerator.num_processes * training.accumulate)
 
-        self.bundle = load_model(config.model.teacher)
+        # Only adapters leave the UNet as it is; whole networks start from fp32 copies.
+        dtype = DTYPES[config.model.frozen_dtype] if config.adapter.rank else torch.float32
+        self.bundle = load_model(config.model.teacher, dtype, config.model.resolution)
         if self.bundle.recipe is not None:
             raise ValueError(
                 f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sid_train.demo.model import DigitConditioner, build_unet
 from sid_train.models.conditioning import Conditioning
 from sid_train.models.unet import UNetDenoiser
 
+sys.path.append(str(Path(__file__).parent))  # for small_sdxl
 torch.set_num_threads(1)  # the networks here are too small to share
 
 

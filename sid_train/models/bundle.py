@@ -42,23 +42,26 @@ class ModelBundle:
         return Conditioning(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled), empty.time_ids)
 
 
-def load_model(source: str) -> ModelBundle:
-    """``demo``, the embedded teacher, or a safetensors file that ``sid_train`` exported; ValueError for all else."""
+def load_model(source: str, dtype: torch.dtype = torch.float32, resolution: int = 0) -> ModelBundle:
+    """A model on the CPU, its UNet in ``dtype``. ValueError for what this version cannot read.
+
+    source: ``demo`` (the embedded teacher), a safetensors file (SDXL's, or one that ``sid_train`` exported), a
+        diffusers folder of SDXL, or its hub id
+    resolution: of the square pictures, in pixels; 0 is the model's own
+    """
     from ..demo import model as demo
 
-    if source == "demo":
-        return demo.load_file_bundle(demo.TEACHER_FILE)
     path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"model {source!r}: expected 'demo' or a .safetensors file; there is no such file")
-    metadata = read_safetensors_metadata(path)
-    architecture = metadata.get("modelspec.architecture", "")
-    if architecture != demo.ARCHITECTURE:
-        raise ValueError(
-            f"model {source}: expected architecture {demo.ARCHITECTURE!r}, which is what this version reads, got "
-            f"{architecture or 'a file that states none'!r}"
-        )
-    bundle = demo.load_file_bundle(path)
+    metadata = read_safetensors_metadata(path) if path.is_file() else {}
+    if source == "demo" or metadata.get("modelspec.architecture") == demo.ARCHITECTURE:
+        if resolution:
+            raise ValueError(f"model.resolution: {source} has its own; leave it at 0")
+        bundle = demo.load_file_bundle(demo.TEACHER_FILE if source == "demo" else path)
+        bundle.denoiser.to(dtype)
+    else:
+        from .sdxl import load_sdxl
+
+        bundle = load_sdxl(source, dtype, resolution)
     if has_recipe(metadata):
         bundle.recipe = SiDRecipe.from_metadata(metadata, path)
     return bundle

@@ -1,0 +1,277 @@
+"""SDXL and its fine-tunes as teachers: a single file with ldm names, a diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ..core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
+from ..core.recipe import SDXL_ARCHITECTURE, read_safetensors_metadata
+from ..tensors import LazyTensor, open_tensors
+from .bundle import ModelBundle, file_sha256
+from .sdxl_keys import (
+    HEAD_WIDTH,
+    clip_g_from_open_clip,
+    invert,
+    is_vae_attention,
+    rename,
+    unet_config,
+    unet_modules,
+    vae_config,
+    vae_modules,
+)
+from .sdxl_text import SDXLConditioner, TextEncoders, sdxl_tokenizers
+from .unet import UNetDenoiser
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+RESOLUTION = 1024
+SCALING_FACTOR = 0.13025
+MARKERS = ("v_pred", "ztsnr")  # empty tensors by which ComfyUI knows the prediction type and the schedule
+
+
+class SDXLCodec:
+    """SDXL's VAE in fp32 (it overflows in fp16), loaded when it is first needed."""
+
+    def __init__(self, load: Callable[[], AutoencoderKL]):
+        self._load = load
+        self._vae: AutoencoderKL | None = None
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        if self._vae is None:
+            self._vae = self._load().float().eval().requires_grad_(False)
+        return self._vae
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8], the mean of the posterior."""
+        return self.vae.encode(images.to(self.vae.device, torch.float32)).latent_dist.mean * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] -> images [B, 3, 8h, 8w], not clamped; one at a time, since the VAE needs much memory."""
+        latents = latents.to(self.vae.device, torch.float32) / self._scale
+        return torch.cat([self.vae.decode(one[None], return_dict=False)[0] for one in latents])
+
+    @property
+    def _scale(self) -> float:
+        return self.vae.config.scaling_factor
+
+
+@dataclass
+class _Parts:
+    """Where a model's parts come from; tensors have diffusers' names."""
+
+    name: str
+    unet_config: dict
+    unet: Mapping[str, LazyTensor]
+    prediction_type: PredictionType
+    zero_terminal_snr: bool
+    load_text: Callable[[], TextEncoders]
+    load_vae: Callable[[], AutoencoderKL]
+    hashed_file: Path
+    licence: str
+
+
+def load_sdxl(source: str, dtype: torch.dtype, resolution: int) -> ModelBundle:
+    """An SDXL model on the CPU, its UNet in ``dtype``, for square pictures of ``resolution`` pixels (0: 1,024).
+
+    Text encoders and VAE are read when they are first used, in fp32. A local file or folder needs no network.
+    """
+    resolution = resolution or RESOLUTION
+    if resolution < 64 or resolution % 64:
+        raise ValueError(f"model.resolution: expected a multiple of 64, got {resolution}")
+    path = Path(source)
+    parts = _from_file(path) if path.is_file() else _from_diffusers(source)
+    unet = build_unet(parts.unet_config, parts.unet, dtype)
+    size = (resolution, resolution)
+    return ModelBundle(
+        name=parts.name,
+        architecture=SDXL_ARCHITECTURE,
+        denoiser=UNetDenoiser(unet, NoiseSchedule.sdxl(parts.zero_terminal_snr), parts.prediction_type),
+        conditioner=SDXLConditioner(parts.load_text, size),
+        codec=SDXLCodec(parts.load_vae),
+        latent_shape=(unet.config.in_channels, resolution // 8, resolution // 8),
+        image_size=size,
+        file_hash=file_sha256(parts.hashed_file),
+        licence=parts.licence,
+        zero_terminal_snr=parts.zero_terminal_snr,
+    )
+
+
+def build_unet(config: dict, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet of ``config`` with ``tensors`` in ``dtype``: one tensor after another, so that memory holds it once."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    _fill(unet, {name: tensor.load().to(dtype) for name, tensor in tensors.items()})
+    return unet
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    model.load_state_dict(state, assign=True)
+    # Buffers that no file holds (position ids) are made on the meta device with everything else.
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent).register_buffer(leaf, torch.arange(buffer.numel())[None], persistent=False)
+
+
+# -- a single file -----------------------------------------------------------------------------------------------------
+
+
+def _from_file(path: Path) -> _Parts:
+    tensors = open_tensors(path)
+    metadata = read_safetensors_metadata(path)
+    unet = _under(tensors, UNET) or {k: v for k, v in tensors.items() if k not in MARKERS}
+    try:
+        config = unet_config({name: tensor.shape for name, tensor in unet.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    names = rename(unet, invert(unet_modules(config)))
+    return _Parts(
+        name=metadata.get("modelspec.title") or path.stem,
+        unet_config=config,
+        unet={names[name]: tensor for name, tensor in unet.items()},
+        prediction_type="v_prediction" if "v_pred" in tensors else "epsilon",
+        zero_terminal_snr="ztsnr" in tensors,
+        load_text=lambda: _text_from_file(path),
+        load_vae=lambda: _vae_from_file(path),
+        hashed_file=path,
+        licence=metadata.get("modelspec.license", ""),
+    )
+
+
+def _under(tensors: Mapping[str, LazyTensor], prefix: str) -> dict[str, LazyTensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _loaded(path: Path, prefix: str, what: str) -> dict[str, Tensor]:
+    part = {
+        k: v.load().float() for k, v in _under(open_tensors(path), prefix).items() if not k.endswith("position_ids")
+    }
+    if not part:
+        raise ValueError(
+            f"{path}: expected {what} under {prefix}*, but the file holds none. Use a whole checkpoint, or a cache of "
+            "encoded prompts (python -m sid_train encode) where only the text encoders are missing."
+        )
+    return part
+
+
+def _text_from_file(path: Path) -> TextEncoders:
+    clip_l = _loaded(path, CLIP_L, "CLIP-L")
+    clip_g = clip_g_from_open_clip(_loaded(path, CLIP_G, "OpenCLIP bigG"))
+    return TextEncoders(
+        sdxl_tokenizers(),
+        _build_text(CLIPTextModel, {f"text_model.{k}": v for k, v in clip_l.items()}, "quick_gelu"),
+        _build_text(CLIPTextModelWithProjection, clip_g, "gelu"),
+    )
+
+
+def _build_text(kind: type, state: dict[str, Tensor], activation: str):
+    """A CLIP text encoder whose sizes follow from its tensors, named as transformers 4 names them."""
+    vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
+    projection = state.get("text_projection.weight")
+    layers = {name.split(".")[3] for name in state if name.startswith("text_model.encoder.layers.")}
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=width // HEAD_WIDTH,
+        projection_dim=width if projection is None else projection.shape[0],
+        hidden_act=activation,
+    )
+    with torch.device("meta"):
+        model = kind(config)
+    if not any(name.startswith("text_model.") for name in model.state_dict()):  # transformers 5
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    _fill(model, state)
+    return model
+
+
+def _vae_from_file(path: Path) -> AutoencoderKL:
+    tensors = _loaded(path, VAE, "a VAE")
+    config = vae_config({name: tuple(t.shape) for name, t in tensors.items()})
+    names = rename(tensors, invert(vae_modules(config)))
+    with torch.device("meta"):
+        vae = AutoencoderKL(**config, scaling_factor=SCALING_FACTOR)
+    _fill(vae, {names[k]: t.squeeze((2, 3)) if is_vae_attention(k) else t for k, t in tensors.items()})
+    return vae
+
+
+# -- a diffusers folder ------------------------------------------------------------------------------------------------
+
+
+def _from_diffusers(source: str) -> _Parts:
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(source)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    config = {k: v for k, v in _json(folder / "unet" / "config.json").items() if not k.startswith("_")}
+    file = _weights(folder / "unet")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise ValueError(f"{source}: expected prediction type {' or '.join(PREDICTION_TYPES)}, got {prediction!r}")
+
+    def load_text() -> TextEncoders:
+        return TextEncoders(
+            (
+                CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+                CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+            ),
+            CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
+            CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32),
+        )
+
+    return _Parts(
+        name=Path(source).name,
+        unet_config=config,
+        unet=open_tensors(file),
+        prediction_type=prediction,
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        load_text=load_text,
+        load_vae=lambda: AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        hashed_file=file,
+        licence="",
+    )
+
+
+def _download(source: str) -> Path:
+    """The local folder of a hub id, its safetensors downloaded if they are not there yet."""
+    if not HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"model {source!r}: expected 'demo', a .safetensors file, a diffusers folder with model_index.json, or a "
+            "hub id (owner/name); there is no such file or folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"model {source!r}: no such file here, and not to be had from the hub: {error}") from None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path}: expected a diffusers folder of SDXL, which has this file") from None
+
+
+def _weights(folder: Path) -> Path:
+    """The UNet's only safetensors file, the full-precision one where there are several."""
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: expected diffusion_pytorch_model.safetensors; sharded or pickled weights are not read")
