@@ -59,7 +59,7 @@ class SDXLCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] -> images [B, 3, 8h, 8w], not clamped; one at a time, since the VAE needs much memory."""
+        """Latents [B, 4, h, w] -> images [B, 3, 8h, 8w], not clamped; one at a time, to save memory."""
         latents = latents.to(self.vae.device, torch.float32) / self._scale
         return torch.cat([self.vae.decode(one[None], return_dict=False)[0] for one in latents])
 

@@ -165,9 +165,9 @@ def test_files_that_are_not_sdxl(file, tmp_path, change, message):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="there is no such file or folder"):
         load_model(str(tmp_path / "no.safetensors"))
-    with pytest.raises(ValueError, match="scheduler_config.json: expected a diffusers folder"):
+    with pytest.raises(ValueError, match=r"scheduler_config.json: expected a diffusers folder"):
         load_model(str(tmp_path))
-    with pytest.raises(ValueError, match="model.resolution: expected a multiple of 64, got 100"):
+    with pytest.raises(ValueError, match=r"model.resolution: expected a multiple of 64, got 100"):
         load_model("a/b", resolution=100)
 
 
