@@ -69,7 +69,7 @@ def save_single_file(path: Path, pipeline: StableDiffusionXLPipeline, dtype: tor
     tensors = {
         f"model.diffusion_model.{n}": unet[k] for k, n in rename(unet, unet_modules(pipeline.unet.config)).items()
     }
-    for k, name in rename(vae, vae_modules(pipeline.vae.config)).items():
+    for k, name in rename(vae, vae_modules(vae)).items():
         tensors[f"first_stage_model.{name}"] = vae[k][..., None, None] if is_vae_attention(name) else vae[k]
     for name, tensor in pipeline.text_encoder.state_dict().items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor

@@ -20,6 +20,7 @@ from .bundle import ModelBundle, file_sha256
 from .sdxl_keys import (
     HEAD_WIDTH,
     clip_g_from_open_clip,
+    clip_g_to_open_clip,
     invert,
     is_vae_attention,
     rename,
@@ -32,6 +33,7 @@ from .sdxl_text import SDXLConditioner, TextEncoders, sdxl_tokenizers
 from .unet import UNetDenoiser
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+REST = ("conditioner.", "first_stage_model.")
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 RESOLUTION = 1024
@@ -69,8 +71,10 @@ class SDXLCodec:
 
 
 @dataclass
-class _Parts:
-    """Where a model's parts come from; tensors have diffusers' names."""
+class SDXLParts:
+    """Where a model's parts come from. ``unet`` has diffusers' names; ``load_rest`` gives text encoders and VAE as they
+    are named in single files.
+    """
 
     name: str
     unet_config: dict
@@ -79,6 +83,7 @@ class _Parts:
     zero_terminal_snr: bool
     load_text: Callable[[], TextEncoders]
     load_vae: Callable[[], AutoencoderKL]
+    load_rest: Callable[[], dict[str, LazyTensor]]
     hashed_file: Path
     licence: str
 
@@ -91,8 +96,7 @@ def load_sdxl(source: str, dtype: torch.dtype, resolution: int) -> ModelBundle:
     resolution = resolution or RESOLUTION
     if resolution < 64 or resolution % 64:
         raise ValueError(f"model.resolution: expected a multiple of 64, got {resolution}")
-    path = Path(source)
-    parts = _from_file(path) if path.is_file() else _from_diffusers(source)
+    parts = open_sdxl(source)
     unet = build_unet(parts.unet_config, parts.unet, dtype)
     size = (resolution, resolution)
     return ModelBundle(
@@ -107,6 +111,12 @@ def load_sdxl(source: str, dtype: torch.dtype, resolution: int) -> ModelBundle:
         licence=parts.licence,
         zero_terminal_snr=parts.zero_terminal_snr,
     )
+
+
+def open_sdxl(source: str) -> SDXLParts:
+    """The parts of an SDXL model, none of them read yet. ValueError for what is no SDXL model."""
+    path = Path(source)
+    return _from_file(path) if path.is_file() else _from_diffusers(source)
 
 
 def build_unet(config: dict, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> UNet2DConditionModel:
@@ -129,7 +139,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
 # -- a single file -----------------------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path) -> _Parts:
+def _from_file(path: Path) -> SDXLParts:
     tensors = open_tensors(path)
     metadata = read_safetensors_metadata(path)
     unet = _under(tensors, UNET) or {k: v for k, v in tensors.items() if k not in MARKERS}
@@ -138,7 +148,7 @@ def _from_file(path: Path) -> _Parts:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     names = rename(unet, invert(unet_modules(config)))
-    return _Parts(
+    return SDXLParts(
         name=metadata.get("modelspec.title") or path.stem,
         unet_config=config,
         unet={names[name]: tensor for name, tensor in unet.items()},
@@ -146,6 +156,7 @@ def _from_file(path: Path) -> _Parts:
         zero_terminal_snr="ztsnr" in tensors,
         load_text=lambda: _text_from_file(path),
         load_vae=lambda: _vae_from_file(path),
+        load_rest=lambda: {k: t for k, t in tensors.items() if k.startswith(REST)},
         hashed_file=path,
         licence=metadata.get("modelspec.license", ""),
     )
@@ -202,7 +213,7 @@ def _build_text(kind: type, state: dict[str, Tensor], activation: str):
 def _vae_from_file(path: Path) -> AutoencoderKL:
     tensors = _loaded(path, VAE, "a VAE")
     config = vae_config({name: tuple(t.shape) for name, t in tensors.items()})
-    names = rename(tensors, invert(vae_modules(config)))
+    names = rename(tensors, invert(vae_modules(tensors)))
     with torch.device("meta"):
         vae = AutoencoderKL(**config, scaling_factor=SCALING_FACTOR)
     _fill(vae, {names[k]: t.squeeze((2, 3)) if is_vae_attention(k) else t for k, t in tensors.items()})
@@ -212,7 +223,7 @@ def _vae_from_file(path: Path) -> AutoencoderKL:
 # -- a diffusers folder ------------------------------------------------------------------------------------------------
 
 
-def _from_diffusers(source: str) -> _Parts:
+def _from_diffusers(source: str) -> SDXLParts:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(source)
@@ -233,7 +244,7 @@ def _from_diffusers(source: str) -> _Parts:
             CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32),
         )
 
-    return _Parts(
+    return SDXLParts(
         name=Path(source).name,
         unet_config=config,
         unet=open_tensors(file),
@@ -241,9 +252,36 @@ def _from_diffusers(source: str) -> _Parts:
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
         load_text=load_text,
         load_vae=lambda: AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        load_rest=lambda: _rest_of_folder(folder),
         hashed_file=file,
         licence="",
     )
+
+
+def _rest_of_folder(folder: Path) -> dict[str, LazyTensor]:
+    """Text encoders and VAE of a diffusers folder with the names of single files."""
+    clip_l = open_tensors(folder / "text_encoder" / "model.safetensors")
+    found = {CLIP_L + name.removeprefix("text_model."): tensor for name, tensor in clip_l.items()}
+    clip_g = {k: tensor.load() for k, tensor in open_tensors(folder / "text_encoder_2" / "model.safetensors").items()}
+    found |= {CLIP_G + name: LazyTensor.of(tensor) for name, tensor in clip_g_to_open_clip(clip_g).items()}
+    return found | vae_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def vae_tensors(path: Path) -> dict[str, LazyTensor]:
+    """A VAE's tensors named as in single files, from a file with such names, with bare ldm names or diffusers'."""
+    tensors = open_tensors(path)
+    bare = _under(tensors, VAE) or tensors
+    if any(name.startswith("encoder.down_blocks.") for name in bare):
+        names = rename(bare, vae_modules(bare))
+        as_files = {names[k]: t.map(to_1x1) if is_vae_attention(names[k]) else t for k, t in bare.items()}
+    else:
+        as_files = dict(bare)
+        vae_config({name: tensor.shape for name, tensor in bare.items()})  # refuses what is no VAE
+    return {VAE + name: tensor for name, tensor in as_files.items()}
+
+
+def to_1x1(matrix: Tensor) -> Tensor:
+    return matrix.reshape(*matrix.shape[:2], 1, 1)
 
 
 def _download(source: str) -> Path:

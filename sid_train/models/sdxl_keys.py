@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,57 +32,57 @@ UNET_ENDS = {
 }
 
 
+Block = tuple[str, str]
+"""The names of a residual block and of the transformer that may follow it."""
+
+
 def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of diffusers' ``UNet2DConditionModel`` for a UNet of SDXL's class, from its tensors in ldm names.
+    """Arguments of diffusers' ``UNet2DConditionModel`` for a UNet of SDXL's class, from its tensors in either layout.
 
     ValueError for a UNet of another class, and for one whose depths diffusers cannot express.
     """
+    is_diffusers = "conv_in.weight" in shapes
+
+    def shape_of(module: str) -> tuple[int, ...] | None:
+        return shapes.get(f"{module if is_diffusers else UNET_ENDS[module]}.weight")
 
     def reject(expected: str, got: object) -> ValueError:
         return ValueError(f"UNet: expected {expected}, as SDXL has, got {got}")
 
-    first, label = shapes.get("input_blocks.0.0.weight"), shapes.get("label_emb.0.0.weight")
-    if first is None:
+    first, last, label = (shape_of(module) for module in ("conv_in", "conv_out", "add_embedding.linear_1"))
+    if first is None or last is None:
         raise reject("tensors such as input_blocks.0.0.weight", f"{', '.join(list(shapes)[:3])} ...")
     if label is None:
         raise reject("label_emb.* (size and pooled text conditioning)", "a UNet without them (SD 1.5 or 2.x)")
     if first[1] != 4:
         raise reject("4 input channels", f"{first[1]} (an inpainting or video model?)")
+    text = next((shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), None)
+    projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
+    if text is None or len(projection) != 2:
+        raise reject("cross attention with linear projections", "none" if text is None else "convolutions")
 
-    inputs = list(_blocks(shapes, "input_blocks"))[1:]
-    levels: list[list[str]] = [[]]
-    for block in inputs:
-        if f"{block}.0.op.weight" in shapes:
-            levels.append([])
-        else:
-            levels[-1].append(block)
-    sizes = [len(level) for level in levels]
-    outputs = list(_blocks(shapes, "output_blocks"))
-    if len(outputs) != sum(sizes) + len(levels):
-        raise reject(f"{sum(sizes) + len(levels)} output blocks for {sum(sizes)} input blocks", len(outputs))
-    ends = [sum(size + 1 for size in sizes[::-1][: i + 1]) for i in range(len(levels))]
-    upper = [outputs[end - size - 1 : end] for end, size in zip(ends, sizes[::-1], strict=True)]
-
-    def depth(blocks: list[str]) -> int:
-        depths = {_depth(shapes, f"{block}.1") for block in blocks}
+    def depth(blocks: list[Block]) -> int:
+        depths = {_depth(shapes, transformer) for _, transformer in blocks}
         if len(depths) != 1:
             raise reject("the same number of transformer layers in each block of a level", sorted(depths))
         return depths.pop()
 
-    down, up = [depth(level) for level in levels], [depth(level) for level in upper]
-    has_middle, middle = "middle_block.0.in_layers.0.weight" in shapes, _depth(shapes, "middle_block.1")
-    if has_middle and middle != down[-1]:
-        raise reject(f"{down[-1]} transformer layers in the middle block, as in the last level", middle)
-    text = next((shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), None)
-    projection = next((shape for name, shape in shapes.items() if name.endswith(".1.proj_in.weight")), ())
-    if text is None or len(projection) != 2:
-        raise reject("cross attention with linear projections", "none" if text is None else "convolutions")
-    channels = [shapes[f"{level[-1]}.0.in_layers.2.weight"][0] for level in levels]
+    lower, upper = _levels_of_diffusers(shapes) if is_diffusers else _levels_of_ldm(shapes)
+    if [len(level) for level in upper] != [len(level) + 1 for level in lower[::-1]]:
+        raise reject("one more output than input block at each level", [len(level) for level in (*lower, *upper)])
+    down, up = [depth(level) for level in lower], [depth(level) for level in upper]
+    middles = ("mid_block.resnets.0", "mid_block.attentions.0") if is_diffusers else _blocks_of("middle_block")
+    middle_resnet, middle = middles
+    conv = "conv1" if is_diffusers else RESNET["conv1"]
+    has_middle = f"{middle_resnet}.{conv}.weight" in shapes
+    if has_middle and _depth(shapes, middle) != down[-1]:
+        raise reject(f"{down[-1]} transformer layers in the middle, as in the last level", _depth(shapes, middle))
+    channels = [shapes[f"{level[-1][0]}.{conv}.weight"][0] for level in lower]
     return {
         "in_channels": first[1],
-        "out_channels": shapes["out.2.weight"][0],
+        "out_channels": last[0],
         "block_out_channels": tuple(channels),
-        "layers_per_block": tuple(sizes),
+        "layers_per_block": tuple(len(level) for level in lower),
         "down_block_types": tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in down),
         "mid_block_type": "UNetMidBlock2DCrossAttn" if has_middle else None,
         "up_block_types": tuple("CrossAttnUpBlock2D" if d else "UpBlock2D" for d in up),
@@ -99,20 +98,49 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _blocks(shapes: Shapes, part: str) -> Iterator[str]:
-    """``part.0``, ``part.1`` ... as far as there are any."""
-    known = {".".join(name.split(".")[:2]) for name in shapes if name.startswith(f"{part}.")}
-    number = 0
-    while f"{part}.{number}" in known:
-        yield f"{part}.{number}"
-        number += 1
+def _blocks_of(ldm_block: str) -> Block:
+    return f"{ldm_block}.0", f"{ldm_block}.1"
 
 
-def _depth(shapes: Shapes, block: str) -> int:
-    """The number of transformer layers in an ldm block."""
-    return sum(
-        1 for name in shapes if re.fullmatch(re.escape(block) + r"\.transformer_blocks\.\d+\.norm1\.weight", name)
-    )
+def _levels_of_ldm(shapes: Shapes) -> tuple[list[list[Block]], list[list[Block]]]:
+    """The blocks of each level on the way down and on the way up."""
+    lower: list[list[Block]] = [[]]
+    for number in range(1, _count(shapes, "input_blocks.")):
+        if f"input_blocks.{number}.0.op.weight" in shapes:
+            lower.append([])
+        else:
+            lower[-1].append(_blocks_of(f"input_blocks.{number}"))
+    upper: list[list[Block]] = [[]]
+    count = _count(shapes, "output_blocks.")
+    for number in range(count):
+        upper[-1].append(_blocks_of(f"output_blocks.{number}"))
+        upsamples = any(f"output_blocks.{number}.{place}.conv.weight" in shapes for place in (1, 2))
+        if upsamples and number < count - 1:
+            upper.append([])
+    return lower, upper
+
+
+def _levels_of_diffusers(shapes: Shapes) -> tuple[list[list[Block]], list[list[Block]]]:
+    def levels(part: str) -> list[list[Block]]:
+        return [
+            [
+                (f"{part}.{level}.resnets.{layer}", f"{part}.{level}.attentions.{layer}")
+                for layer in range(_count(shapes, f"{part}.{level}.resnets."))
+            ]
+            for level in range(_count(shapes, f"{part}."))
+        ]
+
+    return levels("down_blocks"), levels("up_blocks")
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    """How many different parts come right after ``prefix``."""
+    depth = prefix.count(".")
+    return len({name.split(".")[depth] for name in names if name.startswith(prefix)})
+
+
+def _depth(shapes: Shapes, transformer: str) -> int:
+    return _count(shapes, f"{transformer}.transformer_blocks.")
 
 
 def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
@@ -184,8 +212,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     """Arguments of diffusers' ``AutoencoderKL`` from a VAE's tensors in ldm names; ValueError if they are none's."""
     if "encoder.conv_in.weight" not in shapes or "quant_conv.weight" not in shapes:
         raise ValueError(f"VAE: expected tensors such as encoder.conv_in.weight, got {', '.join(list(shapes)[:3])} ...")
-    levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
-    blocks = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
+    levels, blocks = _count(shapes, "encoder.down."), _count(shapes, "encoder.down.0.block.")
     channels = tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels))
     return {
         "latent_channels": shapes["post_quant_conv.weight"][0],
@@ -196,9 +223,11 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """diffusers' module prefixes -> ldm's, for a VAE with this ``config`` of diffusers."""
-    levels, blocks = len(config["block_out_channels"]), config["layers_per_block"]
+def vae_modules(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' module prefixes -> ldm's, for the VAE with tensors of these ``names``, in either layout."""
+    names = list(names)
+    down, block = ("down_blocks", "resnets") if any(".down_blocks." in name for name in names) else ("down", "block")
+    levels, blocks = _count(names, f"encoder.{down}."), _count(names, f"encoder.{down}.0.{block}.")
     found = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for part in ("encoder", "decoder"):
         found |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")}
@@ -252,7 +281,7 @@ def clip_g_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's text tower as transformers' ``CLIPTextModelWithProjection`` names it (version 4's names)."""
     found = {ours: tensors[theirs] for ours, theirs in CLIP_G_ENDS.items()}
     found["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    for number in range(_clip_layers(tensors, "transformer.resblocks")):
+    for number in range(_count(tensors, "transformer.resblocks.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
             found |= {f"{ours}.{a}.{kind}": tensors[f"{theirs}.{b}.{kind}"] for a, b in CLIP_G_LAYER.items()}
@@ -265,14 +294,9 @@ def clip_g_to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of ``clip_g_from_open_clip``, to the bit."""
     found = {theirs: tensors[ours] for ours, theirs in CLIP_G_ENDS.items()}
     found["text_projection"] = tensors["text_projection.weight"].T.contiguous()
-    for number in range(_clip_layers(tensors, "text_model.encoder.layers")):
+    for number in range(_count(tensors, "text_model.encoder.layers.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
             found |= {f"{theirs}.{b}.{kind}": tensors[f"{ours}.{a}.{kind}"] for a, b in CLIP_G_LAYER.items()}
             found[f"{theirs}.attn.in_proj_{kind}"] = torch.cat([tensors[f"{ours}.{name}.{kind}"] for name in QKV])
     return found
-
-
-def _clip_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    depth = prefix.count(".") + 1
-    return len({name.split(".")[depth] for name in tensors if name.startswith(f"{prefix}.")})
