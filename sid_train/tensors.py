@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -68,9 +69,17 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return found
 
 
+HASH_KEY = "modelspec.hash_sha256"  # of everything after the header, as the model metadata standard defines it
+NO_HASH = "0x" + "0" * 64
+
+
 def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with one tensor in memory at a time; the same input gives the same bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(sorted(metadata.items()))}
+    """Writes a safetensors file with one tensor in memory at a time; the same input gives the same bytes.
+
+    The hash of the data is put into the metadata.
+    """
+    facts = {"format": "pt", HASH_KEY: NO_HASH} | dict(metadata)
+    header: dict[str, object] = {"__metadata__": dict(sorted(facts.items()))}
     offset = 0
     # The widest types first, as the format's own writer does, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -83,7 +92,12 @@ def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mappi
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        digest = hashlib.sha256()
         for name in names:
             data = tensors[name].load().detach().cpu().contiguous()
             assert (tuple(data.shape), data.dtype) == (tensors[name].shape, tensors[name].dtype), name
-            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            content = data.reshape(-1).view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+        file.seek(8)
+        file.write(text.replace(NO_HASH.encode(), f"0x{digest.hexdigest()}".encode(), 1))

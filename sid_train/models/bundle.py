@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.recipe import SiDRecipe, Unconditional, has_recipe, read_safetensors_metadata
+from ..core.recipe import SDXL_ARCHITECTURE, SiDRecipe, Unconditional, has_recipe, read_safetensors_metadata
 from .conditioning import Conditioner, Conditioning, LatentCodec
 from .unet import UNetDenoiser
 
@@ -67,9 +67,20 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, resolution: int 
     return bundle
 
 
-def load_generator(source: str) -> tuple[ModelBundle, SiDRecipe]:
-    """A distilled generator and the recipe it carries; ValueError if it carries none."""
-    bundle = load_model(source)
+def load_generator(source: str, base: str | None = None, resolution: int = 0) -> tuple[ModelBundle, SiDRecipe]:
+    """A distilled generator, fp32 on the CPU, and the recipe it carries; ValueError if it carries none.
+
+    ``base`` is the model that a LoRA belongs on, or that has the text encoders and the VAE which a file lacks.
+    """
+    path = Path(source)
+    metadata = read_safetensors_metadata(path) if path.is_file() else {}
+    if metadata.get("modelspec.architecture", "").startswith(SDXL_ARCHITECTURE) and has_recipe(metadata):
+        from ..sdxl_export import load_sdxl_generator
+
+        return load_sdxl_generator(path, base, resolution)
+    if base is not None:
+        raise ValueError(f"--base: only for SDXL files with a recipe, which {source} is not")
+    bundle = load_model(source, resolution=resolution)
     if bundle.recipe is None:
         raise ValueError(f"model {source}: expected a distilled generator, but it carries no SiD recipe")
     return bundle, bundle.recipe

@@ -93,11 +93,19 @@ def load_sdxl(source: str, dtype: torch.dtype, resolution: int) -> ModelBundle:
 
     Text encoders and VAE are read when they are first used, in fp32. A local file or folder needs no network.
     """
-    resolution = resolution or RESOLUTION
-    if resolution < 64 or resolution % 64:
-        raise ValueError(f"model.resolution: expected a multiple of 64, got {resolution}")
-    parts = open_sdxl(source)
+    check_resolution(resolution)  # before a large file is read
+    return make_bundle(open_sdxl(source), dtype, resolution)
+
+
+def check_resolution(resolution: int) -> None:
+    if resolution % 64 or resolution < 0:
+        raise ValueError(f"model.resolution: expected a multiple of 64, or 0 for the model's own, got {resolution}")
+
+
+def make_bundle(parts: SDXLParts, dtype: torch.dtype, resolution: int) -> ModelBundle:
+    """As ``load_sdxl``, of parts that were opened."""
     unet = build_unet(parts.unet_config, parts.unet, dtype)
+    resolution = resolution or RESOLUTION
     size = (resolution, resolution)
     return ModelBundle(
         name=parts.name,
@@ -147,7 +155,9 @@ def _from_file(path: Path) -> SDXLParts:
         config = unet_config({name: tensor.shape for name, tensor in unet.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    names = rename(unet, invert(unet_modules(config)))
+    names = {name: name for name in unet}  # a UNet alone may have diffusers' names, as DMD2 publishes
+    if "conv_in.weight" not in unet:
+        names = rename(unet, invert(unet_modules(config)))
     return SDXLParts(
         name=metadata.get("modelspec.title") or path.stem,
         unet_config=config,
@@ -211,7 +221,15 @@ def _build_text(kind: type, state: dict[str, Tensor], activation: str):
 
 
 def _vae_from_file(path: Path) -> AutoencoderKL:
-    tensors = _loaded(path, VAE, "a VAE")
+    return _build_vae(_loaded(path, VAE, "a VAE"))
+
+
+def load_vae(path: Path) -> AutoencoderKL:
+    """A VAE in a file of its own, fp32, in any of the forms that ``vae_tensors`` reads."""
+    return _build_vae({k.removeprefix(VAE): t.load().float() for k, t in vae_tensors(path).items()})
+
+
+def _build_vae(tensors: dict[str, Tensor]) -> AutoencoderKL:
     config = vae_config({name: tuple(t.shape) for name, t in tensors.items()})
     names = rename(tensors, invert(vae_modules(tensors)))
     with torch.device("meta"):

@@ -77,12 +77,13 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     has_middle = f"{middle_resnet}.{conv}.weight" in shapes
     if has_middle and _depth(shapes, middle) != down[-1]:
         raise reject(f"{down[-1]} transformer layers in the middle, as in the last level", _depth(shapes, middle))
+    sizes = [len(level) for level in lower]
     channels = [shapes[f"{level[-1][0]}.{conv}.weight"][0] for level in lower]
     return {
         "in_channels": first[1],
         "out_channels": last[0],
         "block_out_channels": tuple(channels),
-        "layers_per_block": tuple(len(level) for level in lower),
+        "layers_per_block": sizes[0] if len(set(sizes)) == 1 else tuple(sizes),
         "down_block_types": tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in down),
         "mid_block_type": "UNetMidBlock2DCrossAttn" if has_middle else None,
         "up_block_types": tuple("CrossAttnUpBlock2D" if d else "UpBlock2D" for d in up),
