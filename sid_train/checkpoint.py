@@ -72,12 +72,18 @@ def load_checkpoint(
     return facts
 
 
-def read_network(path: Path, name: str) -> tuple[dict[str, Tensor], Facts]:
-    """The state of one network in a checkpoint, without reading the others, and the facts."""
+def read_network(path: Path, name: str) -> dict[str, Tensor]:
+    """The state of one network in a checkpoint, without reading the others."""
     prefix = f"{name}."
     with _open(path) as file:
         keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # not a dict
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}, _facts(file)
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+
+
+def read_facts(path: Path) -> Facts:
+    """What a checkpoint knows besides tensors."""
+    with _open(path) as file:
+        return _facts(file)
 
 
 def _open(path: Path) -> safe_open:

@@ -31,8 +31,8 @@ def demo(args: argparse.Namespace) -> None:
 def distill(args: argparse.Namespace) -> None:
     from .callbacks import Grids
     from .config import load_config
-    from .export import export_generator
-    from .trainer import Trainer, load_run_generator
+    from .export import export_any
+    from .trainer import Trainer
 
     config = load_config(args.config, args.set)
     print(config.to_toml(), flush=True)
@@ -41,9 +41,9 @@ def distill(args: argparse.Namespace) -> None:
     trainer.run()
     if trainer.accelerator.is_main_process:
         file = args.out / "generator.safetensors"
-        bundle, recipe = load_run_generator(args.out)
-        export_generator(file, bundle.denoiser, bundle, recipe)
-        print(f"Exported {file}. Sample it: python -m sid_train sample {file} --prompt ...")
+        export_any(args.out, file)
+        base = f" --base {config.model.teacher}" if config.adapter.rank and config.model.teacher != "demo" else ""
+        print(f"Exported {file}. Sample it: python -m sid_train sample {file}{base} --prompt ...")
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: expected a name that ends in .png, got {str(args.out)!r}")
     if not 1 <= args.count <= 256:
         raise ValueError(f"--count: expected 1 to 256, got {args.count}")
-    bundle, recipe = load_generator(args.model)
+    bundle, recipe = load_generator(args.model, args.base, args.resolution)
     timesteps = recipe.timesteps_for(args.steps)
     if len(timesteps) != recipe.steps:
         print(f"warning: {args.model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
@@ -90,11 +90,21 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from .export import export_generator
-    from .trainer import load_run_generator
+    from .export import export_any
 
-    bundle, recipe = load_run_generator(args.run)
-    export_generator(args.out, bundle.denoiser, bundle, recipe, args.dtype)
+    recipe, notes = export_any(
+        args.source, args.out, args.format, args.dtype, args.base, args.vae, args.rank, args.energy
+    )
+    print("\n".join([str(args.out), *notes, recipe.describe()]))
+
+
+def convert(args: argparse.Namespace) -> None:
+    from .core.recipe import PRESETS
+    from .sdxl_export import convert_unet
+
+    if args.recipe not in PRESETS:
+        raise ValueError(f"--recipe: expected one of {', '.join(PRESETS)}, got {args.recipe!r}")
+    recipe = convert_unet(args.file, args.out, PRESETS[args.recipe], args.dtype)
     print(f"{args.out}\n{recipe.describe()}")
 
 
@@ -134,6 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", action="append", required=True, help="may be given more than once: a row each")
     sub.add_argument("--count", type=int, default=8, help="pictures a prompt (default: 8)")
     sub.add_argument("--steps", type=int, help="default: the recipe's")
+    sub.add_argument("--base", help="the SDXL model that a LoRA belongs on, or whose text encoders and VAE to use")
+    sub.add_argument("--resolution", type=int, default=0, help="of SDXL's pictures (default: what it was trained at)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, default=Path("sample.png"), help="default: sample.png")
 
@@ -145,10 +157,27 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a safetensors file that carries a recipe")
     sub.add_argument("--json", action="store_true")
 
-    sub = command(export, "write the generator of a run as a safetensors file with its recipe")
-    sub.add_argument("run", type=Path, help="the run's folder")
+    sub = command(export, "write the generator of a run, or of an exported file, in another form, with its recipe")
+    sub.add_argument("source", type=Path, help="the run's folder, or an SDXL file with a recipe")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file, or a folder for diffusers")
+    sub.add_argument(
+        "--format",
+        choices=["checkpoint", "unet", "lora", "diffusers"],
+        default="",
+        help="checkpoint: all in one file; unet: ComfyUI's diffusion model; lora: kohya's names; diffusers: a folder "
+        "(default: lora for a run with adapters, else checkpoint)",
+    )
+    sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32", "fp8"], default="fp16", help="default: fp16")
+    sub.add_argument("--vae", type=Path, help="a VAE to put in instead of the teacher's")
+    sub.add_argument("--base", help="the model under a LoRA, with the missing parts, or to extract a LoRA against")
+    sub.add_argument("--rank", type=int, default=0, help="of the LoRA that is extracted from a whole UNet")
+    sub.add_argument("--energy", type=float, default=0, help="instead of --rank: the share to keep, such as 0.95")
+
+    sub = command(convert, "give an SDXL UNet that carries no recipe one of the presets (DMD2, LCM, Lightning ...)")
+    sub.add_argument("file", type=Path, help="a safetensors file, named as diffusers or as ldm names it")
     sub.add_argument("-o", "--out", type=Path, required=True)
-    sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16")
+    sub.add_argument("--recipe", required=True, help="the preset: 'DMD2 (4 steps)', for instance")
+    sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="default: fp16")
     return parser
 
 

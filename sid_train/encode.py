@@ -52,7 +52,10 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
         raise ValueError(f"--out: expected the folder that data.cache names, {config.data.cache}, got {out}")
     if config.data.pairs == "demo":
         raise ValueError("data.pairs: the demo's pictures are made anew at each draw: they cannot be cached")
-    bundle = load_model(config.model.teacher)
+    bundle = load_model(config.model.teacher, None, config.model.resolution)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bundle.conditioner.to(device)
+    bundle.codec.to(device)
     prompts = load_prompts(config.data.prompts, report=True)
     facts: Facts = model_facts(bundle) | {"dtype": dtype or "as encoded", "shard_size": shard_size}
     facts |= prompt_facts(prompts)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_network
+from .config import Config
 from .core.recipe import SDXL_ARCHITECTURE, SiDRecipe, has_recipe, read_safetensors_metadata
-from .models.adapters import Adapter, lora_difference
-from .models.bundle import ModelBundle
+from .models.adapters import Adapter, adapter_from_state, lora_difference
+from .models.bundle import ModelBundle, load_model
 from .models.sdxl import (
     MARKERS,
     REST,
@@ -34,6 +35,7 @@ from .models.sdxl import (
 )
 from .models.sdxl_keys import invert, kohya_name, rename, unet_modules
 from .tensors import LazyTensor, open_tensors, write_tensors
+from .trainer import CHECKPOINT_FILE, read_run_recipe
 
 Tensors = Mapping[str, LazyTensor]
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
@@ -105,16 +107,13 @@ def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:
 # -- where a generator comes from --------------------------------------------------------------------------------------
 
 
-def open_run(run_dir: Path, teacher: str, uses_adapter: bool, recipe: SiDRecipe) -> Generator:
-    """The averaged generator of a run that distils ``teacher``."""
-    from .trainer import CHECKPOINT_FILE
-
-    parts = open_sdxl(teacher)
-    path = run_dir / CHECKPOINT_FILE
-    if uses_adapter:
-        from .models.adapters import adapter_from_state
-
-        adapter = adapter_from_state(read_network(path, "generator_ema")[0])
+def open_run(run_dir: Path, config: Config) -> Generator:
+    """The averaged generator of a run's last checkpoint."""
+    bundle = load_model(config.model.teacher, None, config.model.resolution)
+    recipe = read_run_recipe(run_dir, config, bundle)
+    parts, path = open_sdxl(config.model.teacher), run_dir / CHECKPOINT_FILE
+    if config.adapter.rank:
+        adapter = adapter_from_state(read_network(path, "generator_ema"))
         return Generator(parts.unet_config, parts.unet, recipe, parts, adapter)
     prefix = "generator_ema.unet."
     unet = {k.removeprefix(prefix): t for k, t in open_tensors(path).items() if k.startswith(prefix)}
@@ -379,7 +378,7 @@ def _factors(difference: Tensor, rank: int, energy: float) -> tuple[Tensor, Tens
     return down.reshape(-1, *difference.shape[1:]).contiguous(), up.contiguous(), error
 
 
-def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> None:
+def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> SiDRecipe:
     """A UNet without a recipe, with diffusers' names (as DMD2 publishes) or ldm's, as a UNet file with ``recipe``."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
@@ -389,3 +388,4 @@ def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> Non
     facts = {"prediction_type": parts.prediction_type, "zero_terminal_snr": parts.zero_terminal_snr}
     recipe = replace(recipe, **facts, title=source.stem)
     export_unet(path, Generator(parts.unet_config, parts.unet, recipe, parts), DTYPES[dtype])
+    return recipe

@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from .callbacks import Callback, Progress
-from .checkpoint import Facts, load_checkpoint, read_network, save_checkpoint
+from .checkpoint import Facts, load_checkpoint, read_facts, read_network, save_checkpoint
 from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
 from .core.recipe import SiDRecipe
 from .data import load_pairs, load_prompt_table
@@ -83,6 +83,8 @@ class Trainer:
             adam(networks.generator, optimizer.generator_lr),
             adam(networks.fake_score, optimizer.fake_score_lr),
         )
+        self.bundle.conditioner.to(device)
+        self.bundle.codec.to(device)
         data, ranks = config.data, (self.accelerator.process_index, self.accelerator.num_processes)
         self.prompts = load_prompt_table(data, self.bundle, config.model.unconditional, device, *ranks)
         self.pairs = load_pairs(data.pairs, self.bundle, data.buckets, data.cache, *ranks) if data.pairs else None
@@ -289,17 +291,24 @@ def load_run_config(run_dir: Path) -> Config:
 def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
     """The averaged generator of a run's last checkpoint, in its model's bundle, and its recipe."""
     config = load_run_config(run_dir)
-    path = run_dir / CHECKPOINT_FILE
-    if not path.is_file():
-        raise ValueError(f"{run_dir}: the run has no checkpoint yet")
-    bundle = load_model(config.model.teacher)
-    state, facts = read_network(path, "generator_ema")
-    _check_teacher(facts, bundle, path)
+    bundle = load_model(config.model.teacher, resolution=config.model.resolution)
+    recipe = read_run_recipe(run_dir, config, bundle)
+    state = read_network(run_dir / CHECKPOINT_FILE, "generator_ema")
     if config.adapter.rank:
         merge_adapter(bundle.denoiser.unet, adapter_from_state(state))
     else:
         bundle.denoiser.load_state_dict(state)
-    return bundle, make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
+    return bundle, recipe
+
+
+def read_run_recipe(run_dir: Path, config: Config, bundle: ModelBundle) -> SiDRecipe:
+    """The recipe of the generator in a run's last checkpoint; ``bundle`` is its teacher's."""
+    path = run_dir / CHECKPOINT_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: the run has no checkpoint yet")
+    facts = read_facts(path)
+    _check_teacher(facts, bundle, path)
+    return make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
 
 
 def _check_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:

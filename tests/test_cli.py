@@ -96,7 +96,7 @@ def files(tmp_path):
     [
         (["sample", "{tmp}/none.safetensors", "--prompt", PROMPT], "there is no such file"),
         (["sample", "{tmp}/text.safetensors", "--prompt", PROMPT], "expected a safetensors file"),
-        (["sample", "{tmp}/plain.safetensors", "--prompt", PROMPT], "expected architecture"),
+        (["sample", "{tmp}/plain.safetensors", "--prompt", PROMPT], "expected tensors such as input_blocks"),
         (["sample", "demo", "--prompt", PROMPT], "carries no SiD recipe"),
         (["sample", "{run}/generator.safetensors", "--prompt", "a red cat"], "does not know 'cat'"),
         (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--steps", "9"], "steps: expected 1 to 8"),

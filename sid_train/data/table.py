@@ -39,7 +39,10 @@ class LiveRows:
 
     def __init__(self, prompts: list[str], conditioner: Conditioner):
         self.prompts, self.conditioner = prompts, conditioner
-        self.encoded = encode_prompts(conditioner, prompts) if len(prompts) <= EAGER_LIMIT else None
+        self.encoded = None
+        if len(prompts) <= EAGER_LIMIT:
+            self.encoded = encode_prompts(conditioner, prompts)
+            conditioner.unload()
 
     def read(self, rows: Sequence[int]) -> Conditioning:
         if self.encoded is not None:

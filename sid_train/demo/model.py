@@ -72,6 +72,9 @@ class DigitConditioner(nn.Module):
         time_ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=text.device).repeat(len(prompts), 1)
         return Conditioning(text, pooled, time_ids)
 
+    def unload(self) -> None:
+        """There is nothing to be had back."""
+
     @staticmethod
     def _tokenize(prompt: str) -> list[int]:
         words = prompt.lower().split()
@@ -112,6 +115,10 @@ class DigitCodec:
         bands[:, :, 0] += self.MEAN
         pixels = torch.einsum("kp,bckhw->bcphw", haar, bands)
         return rearrange(pixels, "b c (p q) h w -> b c (h p) (w q)", p=2, q=2)
+
+    def to(self, device: torch.device) -> DigitCodec:
+        """It works wherever its input is."""
+        return self
 
     def _bands(self, like: Tensor) -> tuple[Tensor, Tensor]:
         haar = torch.tensor(self.HAAR, dtype=like.dtype, device=like.device) / 2

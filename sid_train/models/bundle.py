@@ -42,8 +42,9 @@ class ModelBundle:
         return Conditioning(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled), empty.time_ids)
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32, resolution: int = 0) -> ModelBundle:
-    """A model on the CPU, its UNet in ``dtype``. ValueError for what this version cannot read.
+def load_model(source: str, dtype: torch.dtype | None = torch.float32, resolution: int = 0) -> ModelBundle:
+    """A model on the CPU, its UNet in ``dtype``; None leaves it out (on the meta device), for text, latents and facts.
+    ValueError for what this version cannot read.
 
     source: ``demo`` (the embedded teacher), a safetensors file (SDXL's, or one that ``sid_train`` exported), a
         diffusers folder of SDXL, or its hub id
@@ -57,7 +58,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32, resolution: int 
         if resolution:
             raise ValueError(f"model.resolution: {source} has its own; leave it at 0")
         bundle = demo.load_file_bundle(demo.TEACHER_FILE if source == "demo" else path)
-        bundle.denoiser.to(dtype)
+        bundle.denoiser.to(dtype or torch.float32)
     else:
         from .sdxl import load_sdxl
 

@@ -60,6 +60,14 @@ class Conditioner(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning: ...
 
+    def to(self, device: torch.device) -> Conditioner:
+        """Where prompts are encoded from now on."""
+        ...
+
+    def unload(self) -> None:
+        """Frees what can be loaded again at the next prompt."""
+        ...
+
 
 class LatentCodec(Protocol):
     """Images [B, 3, H, W] in [-1, 1] <-> latents [B, C, h, w] of about unit variance."""
@@ -67,3 +75,5 @@ class LatentCodec(Protocol):
     def encode(self, images: Tensor) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device) -> LatentCodec: ...

@@ -47,11 +47,18 @@ class SDXLCodec:
     def __init__(self, load: Callable[[], AutoencoderKL]):
         self._load = load
         self._vae: AutoencoderKL | None = None
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> SDXLCodec:
+        self.device = torch.device(device)
+        if self._vae is not None:
+            self._vae.to(self.device)
+        return self
 
     @property
     def vae(self) -> AutoencoderKL:
         if self._vae is None:
-            self._vae = self._load().float().eval().requires_grad_(False)
+            self._vae = self._load().float().eval().requires_grad_(False).to(self.device)
         return self._vae
 
     @torch.no_grad()
@@ -88,8 +95,9 @@ class SDXLParts:
     licence: str
 
 
-def load_sdxl(source: str, dtype: torch.dtype, resolution: int) -> ModelBundle:
-    """An SDXL model on the CPU, its UNet in ``dtype``, for square pictures of ``resolution`` pixels (0: 1,024).
+def load_sdxl(source: str, dtype: torch.dtype | None, resolution: int) -> ModelBundle:
+    """An SDXL model on the CPU, its UNet in ``dtype`` (None: on the meta device, without its weights), for square
+    pictures of ``resolution`` pixels (0: 1,024).
 
     Text encoders and VAE are read when they are first used, in fp32. A local file or folder needs no network.
     """
@@ -102,7 +110,7 @@ def check_resolution(resolution: int) -> None:
         raise ValueError(f"model.resolution: expected a multiple of 64, or 0 for the model's own, got {resolution}")
 
 
-def make_bundle(parts: SDXLParts, dtype: torch.dtype, resolution: int) -> ModelBundle:
+def make_bundle(parts: SDXLParts, dtype: torch.dtype | None, resolution: int) -> ModelBundle:
     """As ``load_sdxl``, of parts that were opened."""
     unet = build_unet(parts.unet_config, parts.unet, dtype)
     resolution = resolution or RESOLUTION
@@ -127,11 +135,12 @@ def open_sdxl(source: str) -> SDXLParts:
     return _from_file(path) if path.is_file() else _from_diffusers(source)
 
 
-def build_unet(config: dict, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> UNet2DConditionModel:
+def build_unet(config: dict, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> UNet2DConditionModel:
     """A UNet of ``config`` with ``tensors`` in ``dtype``: one tensor after another, so that memory holds it once."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    _fill(unet, {name: tensor.load().to(dtype) for name, tensor in tensors.items()})
+    if dtype is not None:
+        _fill(unet, {name: tensor.load().to(dtype) for name, tensor in tensors.items()})
     return unet
 
 

@@ -167,7 +167,7 @@ def test_what_is_not_there(tmp_path):
         load_model(str(tmp_path / "no.safetensors"))
     with pytest.raises(ValueError, match=r"scheduler_config.json: expected a diffusers folder"):
         load_model(str(tmp_path))
-    with pytest.raises(ValueError, match=r"model.resolution: expected a multiple of 64, got 100"):
+    with pytest.raises(ValueError, match=r"model.resolution: expected a multiple of 64, .* got 100"):
         load_model("a/b", resolution=100)
 
 
