@@ -1,0 +1,138 @@
+"""What sid_train exports, in ComfyUI: every key matched, the same network, the same chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import conditioning, empty_latent, module, run
+from safetensors.torch import load_file, save_file
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def parts(pack, unet_file):
+    return module(pack, "sid_train.models.sdxl").open_sdxl(str(unet_file))
+
+
+@pytest.fixture(scope="module")
+def generator(pack, parts):
+    """A generator that is a LoRA on every kind of module over the small UNet."""
+    export = module(pack, "sid_train.sdxl_export")
+    rng = torch.Generator().manual_seed(0)
+    adapter = {}
+    for name in export.kohya_modules(parts.unet, parts.unet_config):
+        shape = parts.unet[f"{name}.weight"].shape
+        if len(shape) >= 2 and not name.startswith(("conv_", "time_embedding", "add_embedding")):
+            down, up = torch.randn(4, *shape[1:], generator=rng), torch.randn(shape[0], 4, generator=rng)
+            adapter[name] = (down * down[0].numel() ** -0.5, up * 0.3, 4.0)
+    recipe = module(pack, "sid_train.core.recipe").SiDRecipe()
+    return export.Generator(parts.unet_config, parts.unet, recipe, parts, adapter)
+
+
+@pytest.fixture
+def put(tmp_path, monkeypatch, pack, generator):
+    """Exports into one of ComfyUI's model folders."""
+    import folder_paths
+
+    def write(kind: str, format_: str, dtype: str = "fp32") -> str:
+        folder = tmp_path / kind
+        module(pack, "sid_train.sdxl_export").export(generator, folder / "sid.safetensors", format_, dtype)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
+        return "sid.safetensors"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def latents(pack, generator) -> torch.Tensor:
+    """The chain of ``core.few_step_sample`` over the merged UNet in diffusers, fp32."""
+    sdxl, sampling = module(pack, "sid_train.models.sdxl"), module(pack, "sid_train.core.sampling")
+    schedule = module(pack, "sid_train.core.noise_schedule").NoiseSchedule.sdxl()
+    unet = sdxl.build_unet(generator.config, generator.merged(), torch.float32).eval()
+    denoiser = module(pack, "sid_train.models.unet").UNetDenoiser(unet, schedule, "epsilon")
+    ((text, extra),) = conditioning(1)
+    size = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
+    cond = module(pack, "sid_train.models.conditioning").Conditioning(text, extra["pooled_output"], size)
+    first = sampling.initial_noise((1, 4, 16, 16), SEED)
+    sigmas = sampling.ladder_sigmas(schedule, generator.recipe.timesteps)
+    noises = sampling.noise_sampler("fresh", first, sampling.seeded_noise(first, SEED))
+    with torch.no_grad():
+        return sampling.few_step_sample(lambda x, sigma: denoiser(x, sigma, cond), sigmas, first, noises)
+
+
+def sampled(nodes, model, recipe) -> torch.Tensor:
+    inputs = {"positive": conditioning(1), "latent_image": empty_latent(), "seed": SEED}
+    (result, _) = run(nodes["SiDFewStepSampler"], model=model, recipe=recipe, **inputs)
+    return result["samples"] * model.model.latent_format.scale_factor
+
+
+def assert_same(ours: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
+    assert expected.std() > 0.1
+    assert (ours - expected).abs().max() <= max(1e-4, relative * expected.abs().max())
+
+
+def test_unet_gives_the_chain_of_the_trainer(nodes, put, latents, generator):
+    import comfy.sd
+
+    name = put("diffusion_models", "unet")
+    model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
+    assert recipe == generator.recipe
+    model = comfy.sd.load_diffusion_model(  # as the loader does it, in fp32 on any machine
+        str(put_path(name)), model_options={"dtype": torch.float32}
+    )
+    assert_same(sampled(nodes, model, recipe), latents, 1e-5)
+
+
+def put_path(name: str) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
+def test_lora_matches_every_key_and_gives_the_same(nodes, put, model, latents, generator):
+    patched, recipe = run(nodes["SiDLoRALoader"], model=model, lora_name=put("loras", "lora"))
+    assert len(patched.patches) == len(generator.adapter)
+    assert_same(sampled(nodes, patched, recipe), latents, 1e-4)  # merged in another order of operations
+
+
+def test_checkpoint_in_fp16_and_fp8(pack, nodes, put, generator, latents, tmp_path, monkeypatch):
+    """All in one file: with the small VAE and without text encoders, which ComfyUI has no small ones of."""
+    from small_models import vae_tensors
+
+    rest = {f"first_stage_model.{k}": v for k, v in vae_tensors().items()}
+    rest["conditioner.embedders.0.none"] = torch.zeros(1)
+    tensors = module(pack, "sid_train.tensors").LazyTensor
+    monkeypatch.setattr(generator.parts, "load_rest", lambda: {k: tensors.of(v) for k, v in rest.items()})
+    for dtype, relative in (("fp16", 0.02), ("fp8", 0.5)):
+        model, _, vae, recipe = run(nodes["SiDCheckpointLoader"], ckpt_name=put("checkpoints", "checkpoint", dtype))
+        assert vae is not None
+        difference = (sampled(nodes, model, recipe) - latents).std() / latents.std()
+        assert difference < relative, dtype
+
+
+def test_v_prediction_survives(pack, nodes, put, generator, monkeypatch):
+    from dataclasses import replace
+
+    recipe = replace(generator.recipe, prediction_type="v_prediction", zero_terminal_snr=True)
+    monkeypatch.setattr(generator, "recipe", recipe)
+    _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=put("diffusion_models", "unet", "fp16"))
+    assert read == recipe  # the loader raises where ComfyUI loads the file as another kind of model
+
+
+def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch):
+    """diffusers' names, as DMD2 publishes: ComfyUI knows them for full-size SDXL only."""
+    import folder_paths
+
+    export, recipes = module(pack, "sid_train.sdxl_export"), module(pack, "sid_train.core.recipe")
+    source, path = tmp_path / "dmd2_sdxl_4step_unet_fp16.safetensors", tmp_path / "converted.safetensors"
+    save_file({name: tensor.load().half() for name, tensor in parts.unet.items()}, source)
+    export.convert_unet(source, path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name="converted.safetensors")
+    assert recipe.timesteps == (999, 749, 499, 249)
+    assert recipe.unit_variance_start
+    state, expected = model.model.diffusion_model.state_dict(), load_file(path)
+    assert all(torch.equal(state[name].half(), tensor) for name, tensor in expected.items())
