@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 def test_help_lists_every_command_with_a_line():
     text = subprocess.run([sys.executable, "-m", "sid_train", "--help"], capture_output=True, text=True, check=True)
-    for command in ("demo", "distill", "sample", "inspect", "evaluate", "export"):
+    for command in ("demo", "distill", "sample", "inspect", "evaluate", "export", "encode"):
         assert f"\n    {command} " in text.stdout
 
 

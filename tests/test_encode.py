@@ -159,7 +159,7 @@ def test_another_list_of_prompts_is_refused(prompts, tmp_path, capsys):
     encode_cache(config(prompts), folder)
     before = contents(folder)
     prompts.write_text(prompts.read_text().replace("red", "cyan"))
-    arguments = ["--config", "demo", "--set", f"data.prompts={prompts}"]
+    arguments = ["--config", "demo", "--set", f"data.prompts={prompts}", "--set", "training.iterations=1"]
     assert main(["encode", *arguments, "--out", str(folder)]) == 2
     assert main(["distill", *arguments, "--set", f"data.cache={folder}", "--out", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err.splitlines()
