@@ -19,18 +19,18 @@ PACK_FILES = ("__init__.py", "pyproject.toml", "requirements.txt", "nodes", "sid
 class Server:
     """ComfyUI in a process of its own, on a free port, with ``base`` as its base directory."""
 
-    def __init__(self, comfyui: Path, base: Path):
+    def __init__(self, comfyui: Path, base: Path, *options: str):
         self.base = base
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         pack = base / "custom_nodes" / "ComfyUI-SiD"
-        pack.mkdir(parents=True)
+        pack.mkdir(parents=True, exist_ok=True)
         for name in PACK_FILES:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, pack / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
             elif source.is_file():
                 shutil.copy(source, pack / name)
         for name in ("input", "output", "temp", "user", "models"):
@@ -40,7 +40,15 @@ class Server:
         command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--base-directory", str(base), "--disable-auto-launch", "--preview-method", "latent2rgb"],
+                [
+                    *command,
+                    "--base-directory",
+                    str(base),
+                    "--disable-auto-launch",
+                    "--preview-method",
+                    "latent2rgb",
+                    *options,
+                ],
                 cwd=comfyui,
                 stdout=log,
                 stderr=subprocess.STDOUT,
