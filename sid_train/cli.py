@@ -31,11 +31,15 @@ def demo(args: argparse.Namespace) -> None:
 def distill(args: argparse.Namespace) -> None:
     from .callbacks import Grids
     from .config import load_config
+    from .dry_run import dry_run
     from .export import export_any
     from .trainer import Trainer
 
     config = load_config(args.config, args.set)
     print(config.to_toml(), flush=True)
+    if args.dry_run:
+        print(dry_run(config, args.out))
+        return
     every = config.training.grid_every
     trainer = Trainer(config, args.out, [Grids(every)] if every else [])
     trainer.run()
@@ -93,7 +97,7 @@ def export(args: argparse.Namespace) -> None:
     from .export import export_any
 
     recipe, notes = export_any(
-        args.source, args.out, args.format, args.dtype, args.base, args.vae, args.rank, args.energy
+        args.source, args.out, args.format, args.dtype, args.base, args.vae, args.rank, args.energy, args.iteration
     )
     print("\n".join([str(args.out), *notes, recipe.describe()]))
 
@@ -131,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     sub.add_argument("--out", type=Path, required=True, help="the run's folder")
+    sub.add_argument("--dry-run", action="store_true", help="read and check everything; train and write nothing")
 
     sub = command(encode, "encode prompts and pairs once, for runs without a text encoder; continues after a stop")
     sub.add_argument("--config", required=True, help="the configuration of the run that will read them")
@@ -172,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", help="the model under a LoRA, with the missing parts, or to extract a LoRA against")
     sub.add_argument("--rank", type=int, default=0, help="of the LoRA that is extracted from a whole UNet")
     sub.add_argument("--energy", type=float, default=0, help="instead of --rank: the share to keep, such as 0.95")
+    sub.add_argument("--iteration", type=int, default=0, help="of a run's snapshot (default: its last checkpoint)")
 
     sub = command(convert, "give an SDXL UNet that carries no recipe one of the presets (DMD2, LCM, Lightning ...)")
     sub.add_argument("file", type=Path, help="a safetensors file, named as diffusers or as ldm names it")

@@ -135,6 +135,8 @@ class TrainingConfig:
     """Iterations between image grids; 0 makes none."""
     checkpoint_every: int = 200
     """Iterations between checkpoints."""
+    snapshot_every: int = 0
+    """Iterations between copies of the averaged generator that are kept, for ``export --iteration``; 0 keeps none."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where losses and grids are logged besides the run folder."""
 
@@ -144,7 +146,7 @@ class TrainingConfig:
                 raise ValueError(f"training.{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed: expected 0 to {2**32 - 1}, got {self.seed}")
-        for name in ("generator_start_images", "grid_every"):
+        for name in ("generator_start_images", "grid_every", "snapshot_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}: expected 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
@@ -155,7 +157,9 @@ class TrainingConfig:
 
 
 # A run may be resumed with other values of these: they change what is reported, never what is computed.
-REPORTING_KEYS = {"training.log_every", "training.grid_every", "training.checkpoint_every", "training.tracker"}
+REPORTING_KEYS = {
+    f"training.{key}" for key in ("log_every", "grid_every", "checkpoint_every", "snapshot_every", "tracker")
+}
 
 
 @dataclass

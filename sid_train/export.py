@@ -59,26 +59,30 @@ def export_any(
     vae: Path | None = None,
     rank: int = 0,
     energy: float = 0,
+    iteration: int = 0,
 ) -> tuple[SiDRecipe, list[str]]:
     """Writes the generator of a run's folder, or of an exported SDXL file, to ``path``: its recipe, and notes.
 
+    ``iteration`` is that of a snapshot of the run; 0 is its last checkpoint.
     ``format_`` is one of ``sdxl_export.FORMATS``; by default a LoRA where the generator is one, else all in one file.
     """
     from .models.sdxl import open_sdxl
     from .sdxl_export import export, open_generator, open_run
-    from .trainer import load_run_config, load_run_generator
+    from .trainer import generator_file, load_run_config, load_run_generator
 
     if source.is_file():
+        if iteration:
+            raise ValueError("--iteration: only for a run's folder")
         generator = open_generator(source, base)
     else:
         config = load_run_config(source)
         if config.model.teacher == "demo":
             if dtype not in DTYPES or format_ not in ("", "checkpoint") or base or vae or rank or energy:
                 raise ValueError("export: the demo's generators are written as a checkpoint in fp16, bf16 or fp32 only")
-            bundle, recipe = load_run_generator(source)
+            bundle, recipe = load_run_generator(source, iteration)
             export_generator(path, bundle.denoiser, bundle, recipe, dtype)
             return recipe, []
-        generator = open_run(source, config)
+        generator = open_run(generator_file(source, iteration), config)
         base = base or config.model.teacher
     format_ = format_ or ("lora" if generator.adapter else "checkpoint")
     compare = open_sdxl(base).unet if base and format_ == "lora" and not generator.adapter else None

@@ -35,7 +35,7 @@ from .models.sdxl import (
 )
 from .models.sdxl_keys import invert, kohya_name, rename, unet_modules
 from .tensors import LazyTensor, open_tensors, write_tensors
-from .trainer import CHECKPOINT_FILE, read_run_recipe
+from .trainer import read_run_recipe
 
 Tensors = Mapping[str, LazyTensor]
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
@@ -107,11 +107,11 @@ def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:
 # -- where a generator comes from --------------------------------------------------------------------------------------
 
 
-def open_run(run_dir: Path, config: Config) -> Generator:
-    """The averaged generator of a run's last checkpoint."""
+def open_run(path: Path, config: Config) -> Generator:
+    """The averaged generator in a file of a run with this ``config`` (see ``trainer.generator_file``)."""
     bundle = load_model(config.model.teacher, None, config.model.resolution)
-    recipe = read_run_recipe(run_dir, config, bundle)
-    parts, path = open_sdxl(config.model.teacher), run_dir / CHECKPOINT_FILE
+    recipe = read_run_recipe(path, config, bundle)
+    parts = open_sdxl(config.model.teacher)
     if config.adapter.rank:
         adapter = adapter_from_state(read_network(path, "generator_ema"))
         return Generator(parts.unet_config, parts.unet, recipe, parts, adapter)

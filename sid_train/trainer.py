@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from .callbacks import Callback, Progress
 from .checkpoint import Facts, load_checkpoint, read_facts, read_network, save_checkpoint
 from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
-from .core.recipe import SiDRecipe
+from .core.recipe import SiDRecipe, has_recipe, read_safetensors_metadata
 from .data import load_pairs, load_prompt_table
 from .distiller import Distiller, Losses
 from .distributed import any_rank, gather_states, rank_generator, seed_everything, shared_generator
@@ -24,7 +24,7 @@ from .ema import EMA
 from .errors import Interrupted, NonFiniteError
 from .export import make_recipe
 from .files import write_text
-from .models.adapters import adapter_from_state, merge_adapter
+from .models.adapters import Adapter, adapter_from_state, merge_adapter
 from .models.bundle import ModelBundle, load_model
 from .models.networks import DTYPES, build_networks
 from .models.unet import UNetDenoiser
@@ -38,7 +38,7 @@ class Trainer:
 
     def __init__(self, config: Config, run_dir: Path, callbacks: list[Callback] | None = None):
         self.config, self.run_dir = config, run_dir
-        _check_run_dir(config, run_dir)
+        check_run_dir(config, run_dir)
         training, optimizer = config.training, config.optimizer
         seed_everything(training.seed)
         self.accelerator = Accelerator(
@@ -57,16 +57,10 @@ class Trainer:
         # Only adapters leave the UNet as it is; whole networks start from fp32 copies.
         dtype = DTYPES[config.model.frozen_dtype] if config.adapter.rank else torch.float32
         self.bundle = load_model(config.model.teacher, dtype, config.model.resolution)
-        if self.bundle.recipe is not None:
-            raise ValueError(
-                f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model"
-            )
-        init_generator = None
-        if config.model.init_generator:
-            init_generator = _load_init_generator(config.model.init_generator, self.bundle).to(device)
+        check_teacher(self.bundle, config)
         networks = build_networks(
             self.bundle.denoiser.to(device),
-            init_generator,
+            load_init_generator(config, self.bundle),
             config.adapter,
             config.model.frozen_dtype,
             training.gradient_checkpointing,
@@ -128,6 +122,8 @@ class Trainer:
                 if stopping or done or self.iteration - last_save >= training.checkpoint_every:
                     self.save()
                     last_save = self.iteration
+                if training.snapshot_every and self.iteration % training.snapshot_every == 0:
+                    self._save_snapshot()
                 if stopping:
                     self._tell(lambda c: c.on_end(self))
                     raise Interrupted(f"stopped and saved after iteration {self.iteration} of {training.iterations}")
@@ -160,10 +156,13 @@ class Trainer:
     def _fake_score_loss(self, step: int, adversarial: bool) -> Losses:
         cond = self.prompts.draw(self.micro_batch, self.rng)
         real = self.pairs.draw(self.micro_batch, self.rng) if adversarial and self.pairs is not None else None
-        return self.distiller.fake_score_loss(cond, step, self.rng, real)
+        with self.accelerator.autocast():  # not around the draws: what they encode is as exact as in a cache
+            return self.distiller.fake_score_loss(cond, step, self.rng, real)
 
     def _generator_loss(self, step: int, adversarial: bool) -> Losses:
-        return self.distiller.generator_loss(self.prompts.draw(self.micro_batch, self.rng), step, self.rng, adversarial)
+        cond = self.prompts.draw(self.micro_batch, self.rng)
+        with self.accelerator.autocast():
+            return self.distiller.generator_loss(cond, step, self.rng, adversarial)
 
     def _update(
         self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], Losses]
@@ -173,7 +172,7 @@ class Trainer:
         logged: dict[str, float] = {}
         for micro in range(accumulate):
             with nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(network):
-                with record_function(f"{name}: forward"), self.accelerator.autocast():
+                with record_function(f"{name}: forward"):
                     losses = compute()
                 for part, value in losses.items():
                     logged[part] = logged.get(part, 0.0) + value.item() / accumulate
@@ -227,9 +226,18 @@ class Trainer:
                 self._networks(),
                 self._optimizers(),
                 {"rng": rng_states, "shared_rng": [self.shared_rng.get_state()]},
-                {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash},
+                self._facts(),
             )
         self.accelerator.wait_for_everyone()
+
+    def _save_snapshot(self) -> None:
+        """The averaged generator alone, to go back to: a run does not always end at its best."""
+        if self.accelerator.is_main_process:
+            path = generator_file(self.run_dir, self.iteration)
+            save_checkpoint(path, {"generator_ema": self.ema.average}, {}, {}, self._facts())
+
+    def _facts(self) -> Facts:
+        return {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash}
 
     def _load(self) -> None:
         path = self.run_dir / CHECKPOINT_FILE
@@ -263,7 +271,7 @@ def _adam_class(kind: str) -> type[torch.optim.Optimizer]:
     return bitsandbytes.optim.Adam8bit
 
 
-def _check_run_dir(config: Config, run_dir: Path) -> None:
+def check_run_dir(config: Config, run_dir: Path) -> None:
     """A folder that holds a run must hold one with the same configuration."""
     if not (run_dir / CONFIG_FILE).is_file():
         return
@@ -288,12 +296,17 @@ def load_run_config(run_dir: Path) -> Config:
     return config_from_dict(read_toml(path), str(path))
 
 
-def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
-    """The averaged generator of a run's last checkpoint, in its model's bundle, and its recipe."""
-    config = load_run_config(run_dir)
+def generator_file(run_dir: Path, iteration: int = 0) -> Path:
+    """Where a run keeps its averaged generator: as it was after ``iteration``, or in its last checkpoint (0)."""
+    return run_dir / "snapshots" / f"{iteration:07d}.safetensors" if iteration else run_dir / CHECKPOINT_FILE
+
+
+def load_run_generator(run_dir: Path, iteration: int = 0) -> tuple[ModelBundle, SiDRecipe]:
+    """A run's averaged generator (see ``generator_file``) in its model's bundle, and its recipe."""
+    config, path = load_run_config(run_dir), generator_file(run_dir, iteration)
     bundle = load_model(config.model.teacher, resolution=config.model.resolution)
-    recipe = read_run_recipe(run_dir, config, bundle)
-    state = read_network(run_dir / CHECKPOINT_FILE, "generator_ema")
+    recipe = read_run_recipe(path, config, bundle)
+    state = read_network(path, "generator_ema")
     if config.adapter.rank:
         merge_adapter(bundle.denoiser.unet, adapter_from_state(state))
     else:
@@ -301,11 +314,10 @@ def load_run_generator(run_dir: Path) -> tuple[ModelBundle, SiDRecipe]:
     return bundle, recipe
 
 
-def read_run_recipe(run_dir: Path, config: Config, bundle: ModelBundle) -> SiDRecipe:
-    """The recipe of the generator in a run's last checkpoint; ``bundle`` is its teacher's."""
-    path = run_dir / CHECKPOINT_FILE
+def read_run_recipe(path: Path, config: Config, bundle: ModelBundle) -> SiDRecipe:
+    """The recipe of the generator in one of a run's files; ``bundle`` is its teacher's."""
     if not path.is_file():
-        raise ValueError(f"{run_dir}: the run has no checkpoint yet")
+        raise ValueError(f"{path}: the run has no such file (yet); training.snapshot_every says which it keeps")
     facts = read_facts(path)
     _check_teacher(facts, bundle, path)
     return make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
@@ -319,16 +331,38 @@ def _check_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:
         )
 
 
-def _load_init_generator(source: str, teacher: ModelBundle) -> UNetDenoiser:
-    start = load_model(source)
-    if start.recipe is None:
-        raise ValueError(f"model.init_generator: {source} carries no SiD recipe: expected a SiD generator")
-    if start.architecture != teacher.architecture:
+def check_teacher(bundle: ModelBundle, config: Config) -> None:
+    if bundle.recipe is not None:
+        raise ValueError(f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model")
+
+
+def load_init_generator(config: Config, teacher: ModelBundle) -> UNetDenoiser | Adapter | None:
+    """What the generator starts from (SiD2a): an adapter where adapters are trained, else a whole UNet; None: nothing
+    but the teacher.
+    """
+    source, where = config.model.init_generator, "model.init_generator"
+    if not source:
+        return None
+    path = Path(source)
+    metadata = read_safetensors_metadata(path) if path.is_file() else {}
+    if not has_recipe(metadata):
+        raise ValueError(f"{where}: {source} carries no SiD recipe: expected a SiD generator")
+    architecture, _, kind = metadata.get("modelspec.architecture", "").partition("/")
+    if architecture != teacher.architecture:
         raise ValueError(
-            f"model.init_generator: expected the teacher's architecture {teacher.architecture}, got "
-            f"{start.architecture} in {source}"
+            f"{where}: expected the teacher's architecture {teacher.architecture}, got {architecture} in {source}"
         )
-    return start.denoiser
+    if bool(config.adapter.rank) != (kind == "lora"):
+        wanted = (
+            "a LoRA, since adapters are trained" if config.adapter.rank else "a whole generator (adapter.rank is 0)"
+        )
+        raise ValueError(f"{where}: expected {wanted}, got {source}")
+    if kind == "lora":
+        from .sdxl_export import read_lora
+
+        unet = teacher.denoiser.unet
+        return read_lora(path, unet.state_dict(), unet.config)
+    return load_model(source).denoiser
 
 
 class _StopOnSignal:

@@ -191,6 +191,18 @@ def test_two_processes_train_one_generator(tmp_path):
     assert run.stdout.count("ranks agree") == 2
 
 
+def test_snapshots_are_the_average_at_that_time(tmp_path):
+    Trainer(small("training.snapshot_every=2", iterations=3), tmp_path / "long").run()
+    Trainer(small(iterations=2), tmp_path / "short").run()
+    early, recipe = load_run_generator(tmp_path / "long", 2)
+    last, _ = load_run_generator(tmp_path / "short")
+    assert recipe.training_summary["iterations"] == "2"
+    for a, b in zip(early.denoiser.parameters(), last.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such file"):
+        load_run_generator(tmp_path / "long", 1)
+
+
 ADAPTERS = ("adapter.rank=4", "training.gradient_checkpointing=true", "optimizer.generator_lr=1e-3")
 
 

@@ -79,6 +79,23 @@ class SharedUNet:
             for factor in (DOWN, UP)
         }
 
+    @torch.no_grad()
+    def load(self, role: str, adapter: Adapter) -> None:
+        """Gives a role the weights of a LoRA of the same modules and rank; ValueError for another one."""
+        missing, strange = self.layers.keys() - adapter.keys(), adapter.keys() - self.layers.keys()
+        if missing or strange:
+            raise ValueError(
+                f"adapter: expected a LoRA of {len(self.layers)} modules (adapter.targets); {len(missing)} of them are "
+                f"missing, {len(strange)} are others, such as {sorted(missing | strange)[0]}"
+            )
+        parameters = self.parameters(role)
+        for module, (down, up, alpha) in adapter.items():
+            ours = parameters[f"{module}.{DOWN}"]
+            if len(down) != len(ours):
+                raise ValueError(f"adapter.rank: expected {len(down)}, as in the LoRA, got {len(ours)}")
+            ours.copy_(down * (alpha / len(down)))
+            parameters[f"{module}.{UP}"].copy_(up.reshape(parameters[f"{module}.{UP}"].shape))
+
     def use_checkpointing(self) -> None:
         """Recomputes blocks in the backward pass, each as the role that ran it."""
 

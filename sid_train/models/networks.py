@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from .adapters import AdapterDenoiser, SharedUNet, copy_adapter
+from .adapters import Adapter, AdapterDenoiser, SharedUNet, copy_adapter
 from .unet import UNetDenoiser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,7 +27,7 @@ class Networks:
 
 def build_networks(
     teacher: UNetDenoiser,
-    init_generator: UNetDenoiser | None,
+    init_generator: UNetDenoiser | Adapter | None,
     adapter: AdapterConfig,
     frozen_dtype: str,
     gradient_checkpointing: bool,
@@ -39,8 +39,11 @@ def build_networks(
     # No dropout or batch statistics in these networks: eval() everywhere, so that all compute alike.
     teacher.eval().requires_grad_(False)
     if adapter.rank:
-        return _adapters(teacher.to(DTYPES[frozen_dtype]), adapter, gradient_checkpointing)
-    generator = copy.deepcopy(init_generator or teacher).float().eval()
+        assert not isinstance(init_generator, UNetDenoiser)
+        return _adapters(teacher.to(DTYPES[frozen_dtype]), init_generator, adapter, gradient_checkpointing)
+    assert not isinstance(init_generator, dict)
+    device = next(teacher.parameters()).device
+    generator = copy.deepcopy(init_generator or teacher).to(device, torch.float32).eval()
     ema = copy.deepcopy(generator).requires_grad_(False)
     fake_score = copy.deepcopy(teacher).float()
     if gradient_checkpointing:
@@ -50,12 +53,16 @@ def build_networks(
     return Networks(generator.requires_grad_(True), fake_score.requires_grad_(True), ema, teacher)
 
 
-def _adapters(teacher: UNetDenoiser, adapter: AdapterConfig, gradient_checkpointing: bool) -> Networks:
+def _adapters(
+    teacher: UNetDenoiser, init_generator: Adapter | None, adapter: AdapterConfig, gradient_checkpointing: bool
+) -> Networks:
     trained = ("generator", "fake_score")
     shared = SharedUNet(teacher, adapter, (*trained, "generator_ema"))
     if gradient_checkpointing:
         shared.use_checkpointing()
     roles = {role: AdapterDenoiser(shared, role) for role in (*trained, "generator_ema", SharedUNet.TEACHER)}
+    if init_generator is not None:
+        shared.load("generator", init_generator)
     copy_adapter(roles["generator"], roles["generator_ema"])
     for role in trained:
         roles[role].requires_grad_(True)

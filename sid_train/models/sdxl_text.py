@@ -94,7 +94,9 @@ def sdxl_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """
     package = importlib.util.find_spec("open_clip")  # found, not imported: it is large
     if package is None or not package.submodule_search_locations:
-        raise ValueError("the CLIP vocabulary is missing: pip install open-clip-torch, which ships it")
+        raise ValueError(
+            'the CLIP vocabulary is missing: pip install open-clip-torch, which ships it (or pip install -e ".[sdxl]")'
+        )
     with gzip.open(Path(package.submodule_search_locations[0]) / BPE_FILE, "rt", encoding="utf-8") as file:
         merges = file.read().split("\n")[1 : 1 + MERGES]  # the first line is the version
     letters = list(bytes_to_unicode().values())
