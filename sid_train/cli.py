@@ -58,20 +58,29 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    import torch
+
     from .files import replacing
     from .images import image_grid, to_pil
     from .models.bundle import load_generator
+    from .models.networks import DTYPES
     from .sample import sample_images
 
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out: expected a name that ends in .png, got {str(args.out)!r}")
     if not 1 <= args.count <= 256:
         raise ValueError(f"--count: expected 1 to 256, got {args.count}")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     bundle, recipe = load_generator(args.model, args.base, args.resolution)
     timesteps = recipe.timesteps_for(args.steps)
     if len(timesteps) != recipe.steps:
         print(f"warning: {args.model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
     prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
+    bundle.to(device, DTYPES[args.dtype])
     images = sample_images(bundle, recipe, prompts, args.seed, args.steps)
     with replacing(args.out) as temporary:
         to_pil(image_grid(images, columns=args.count)).save(temporary, format="PNG")
@@ -151,6 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, help="default: the recipe's")
     sub.add_argument("--base", help="the SDXL model that a LoRA belongs on, or whose text encoders and VAE to use")
     sub.add_argument("--resolution", type=int, default=0, help="of SDXL's pictures (default: what it was trained at)")
+    sub.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
+    sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the UNet (default: fp32)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, default=Path("sample.png"), help="default: sample.png")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,9 @@ from .models.bundle import ModelBundle
 from .models.conditioning import Conditioning
 from .models.unet import UNetDenoiser
 
+BATCH_ELEMENTS = 256 * 12 * 8 * 8
+"""Latent elements in one network call: 256 of the demo's pictures, three of SDXL's at 1024x1024."""
+
 
 @torch.no_grad()
 def sample_latents(
@@ -22,11 +26,11 @@ def sample_latents(
     recipe: SiDRecipe,
     seed: int,
     steps: int | None = None,
-    batch_size: int = 256,
 ) -> Tensor:
     """Latents [len(cond), *latent_shape] on the recipe's timesteps, one network call a step."""
     sigmas = ladder_sigmas(denoiser.schedule, recipe.timesteps_for(steps))
     noise = initial_noise((len(cond), *latent_shape), seed).to(cond.text.device)
+    batch_size = max(1, BATCH_ELEMENTS // math.prod(latent_shape))
     parts = []
     for start in range(0, len(cond), batch_size):
         rows = slice(start, start + batch_size)
@@ -49,5 +53,6 @@ def sample_images(
 ) -> Tensor:
     """Images [len(prompts), 3, H, W] in [-1, 1]."""
     cond = bundle.conditioner.encode(prompts)
+    bundle.conditioner.unload()
     latents = sample_latents(bundle.denoiser, cond, bundle.latent_shape, recipe, seed, steps)
-    return bundle.codec.decode(latents).clamp(-1, 1)
+    return bundle.codec.decode(latents).clamp(-1, 1).cpu()

@@ -27,8 +27,8 @@ PROMPTS = ("a lighthouse on a cliff at dawn", "a cat in a hat", "an old map of a
 GIB = 2**30
 
 
-def write_model(path: Path) -> None:
-    """Weights of a trained network's size, made one tensor at a time."""
+def write_model(path: Path, width: int = 320) -> None:
+    """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -38,11 +38,11 @@ def write_model(path: Path) -> None:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
+            block_out_channels=(width, 2 * width, 4 * width),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
+            attention_head_dim=(width // 64, 2 * width // 64, 4 * width // 64),
             cross_attention_dim=2048,
             use_linear_projection=True,
             addition_embed_type="text_time",

@@ -102,6 +102,7 @@ def files(tmp_path):
         (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--steps", "9"], "steps: expected 1 to 8"),
         (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--steps", "0"], "steps: expected 1 to 8"),
         (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--out", "{tmp}/x.gif"], "ends in .png"),
+        (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--device", "gpu"], "--device: 'gpu' cannot be"),
         (["sample", "{run}/generator.safetensors"], "required: --prompt"),
         (["inspect", "{tmp}/none.safetensors"], "none.safetensors"),
         (["inspect", "{tmp}/plain.safetensors"], "carries no SiD recipe"),

@@ -34,6 +34,13 @@ class ModelBundle:
     zero_terminal_snr: bool = False
     recipe: SiDRecipe | None = None
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ModelBundle:
+        """Where everything is computed from now on; ``dtype`` is the UNet's (text encoders and VAE stay fp32)."""
+        self.denoiser.to(device, dtype)
+        self.conditioner.to(device)
+        self.codec.to(device)
+        return self
+
     def unconditional(self, kind: Unconditional) -> Conditioning:
         """The embedding without text, a single row: ``empty`` encodes "", ``zeros`` is diffusers' default for SDXL."""
         empty = self.conditioner.encode([""])

@@ -313,7 +313,7 @@ def to_1x1(matrix: Tensor) -> Tensor:
 
 def _download(source: str) -> Path:
     """The local folder of a hub id, its safetensors downloaded if they are not there yet."""
-    if not HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source) or source.endswith(".safetensors"):
         raise ValueError(
             f"model {source!r}: expected 'demo', a .safetensors file, a diffusers folder with model_index.json, or a "
             "hub id (owner/name); there is no such file or folder"
@@ -324,7 +324,9 @@ def _download(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"model {source!r}: no such file here, and not to be had from the hub: {error}") from None
+        raise ValueError(
+            f"model {source!r}: no such file here, and not to be had from the hub: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _json(path: Path) -> dict:
