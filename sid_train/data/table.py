@@ -101,8 +101,8 @@ def load_prompt_table(
     """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used."""
     prompts = load_prompts(data.prompts, report=rank == 0)
     if not data.cache:
-        encoded = LiveRows(prompts, bundle.conditioner)
-        return PromptTable(prompts, encoded, bundle.unconditional(unconditional), device, rank, world)
+        without_text = bundle.unconditional(unconditional)  # before the prompts, after which the text encoders may go
+        return PromptTable(prompts, LiveRows(prompts, bundle.conditioner), without_text, device, rank, world)
     from .cache import Cache, model_facts, prompt_facts
 
     cache = Cache(Path(data.cache))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import weakref
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from small_sdxl import save_single_file, small_pipeline
 
+from sid_train.config import DataConfig
+from sid_train.data import load_prompt_table
 from sid_train.models.bundle import load_model
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
@@ -179,3 +183,21 @@ def test_single_file_equals_diffusers_own_conversion(file, folder):
         state, expected = ours.state_dict(), theirs.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[k], expected[k]) for k in state)
+
+
+def test_text_encoders_are_loaded_once_and_freed_before_training(file, tmp_path):
+    """They are 3 GB at full size, on the card that trains."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    bundle = load_model(str(file), resolution=SIZE)
+    load, encoders = bundle.conditioner._load, []
+
+    def counted():
+        loaded = load()
+        encoders.append(weakref.ref(loaded.clip_g))
+        return loaded
+
+    bundle.conditioner._load = counted
+    table = load_prompt_table(DataConfig(prompts=str(tmp_path / "prompts.txt")), bundle, "empty")
+    table.draw(2, torch.Generator().manual_seed(0))
+    gc.collect()
+    assert [alive() for alive in encoders] == [None]
