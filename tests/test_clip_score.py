@@ -1,0 +1,40 @@
+"""CLIP score with a small random CLIP, held against transformers' own logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from sid_train.clip_score import CLIPScorer
+from sid_train.models.sdxl_text import sdxl_tokenizers
+
+PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "word " * 100]
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    path = tmp_path_factory.mktemp("clip") / "small-clip"
+    CLIPModel(config).save_pretrained(path)
+    size = {"size": {"shortest_edge": 32}, "crop_size": 32}
+    CLIPProcessor(CLIPImageProcessor(**size), sdxl_tokenizers()[0]).save_pretrained(path)
+    return str(path)
+
+
+def test_score_is_the_mean_of_transformers_similarities(clip_folder):
+    images = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pictures = [Image.fromarray(((i + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for i in images]
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    inputs = processor(text=PROMPTS, images=pictures, return_tensors="pt", padding=True, truncation=True)
+    with torch.no_grad():
+        expected = (model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()).mean()
+    assert CLIPScorer(clip_folder).score(images, PROMPTS) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.clip_model: expected a CLIP model's folder or hub id, got"):
+        CLIPScorer(str(tmp_path / "nothing"))
