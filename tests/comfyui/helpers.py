@@ -13,11 +13,11 @@ def module(pack, name: str):
     return import_module(f"{pack.__name__}.{name}")
 
 
-def conditioning(seed: int, tokens: int = 77) -> list:
+def conditioning(seed: int, tokens: int = 77, width: int = 2048, pooled: int = 1280) -> list:
     """CONDITIONING as SDXL's text encoders make it, random."""
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, tokens, 2048, generator=generator)
-    return [[text, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+    text = torch.randn(1, tokens, width, generator=generator)
+    return [[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
 
 
 def empty_latent(batch: int = 1, size: int = 16) -> dict:

@@ -58,6 +58,29 @@ def unet_tensors(seed: int = 0) -> dict[str, Tensor]:
     return dict(initialise(unet, seed).state_dict())
 
 
+def sd15_unet_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """A UNet of SD 1.5's class, 21M parameters: what does not belong into these nodes."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = {
+        **UNET_CONFIG,
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [0, 0],
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_linear_in_transformer": False,
+        "context_dim": 768,
+        "num_classes": None,
+        "adm_in_channels": None,
+    }
+    unet = UNetModel(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return dict(initialise(unet, seed).state_dict())
+
+
 def vae_tensors(seed: int = 0) -> dict[str, Tensor]:
     """TAESD's architecture, which ComfyUI takes as a VAE."""
     from comfy.taesd.taesd import TAESD
