@@ -31,6 +31,23 @@ def run(node, **inputs) -> tuple:
     return node.execute(**{k: v for k, v in defaults.items() if k in known and v is not None} | inputs).result
 
 
+def call(node, *args) -> tuple:
+    """The outputs of a node of ComfyUI's own: a V1 node on 0.3.64, a V3 node on 0.33.0."""
+    execute = getattr(node, "execute", None)
+    return execute(*args).result if execute else getattr(node(), node.FUNCTION)(*args)
+
+
+def native_fallback(model, positive: list, latent: dict, seed: int) -> torch.Tensor:
+    """Latents of ``workflows/native_fallback.json``: ComfyUI's own nodes as near as they get to four steps from 625."""
+    from comfy_extras import nodes_custom_sampler as nodes
+
+    (sigmas,) = call(nodes.BasicScheduler, model, "simple", 4, 0.63)
+    (sampler,) = call(nodes.KSamplerSelect, "lcm")
+    (guider,) = call(nodes.BasicGuider, model, positive)
+    (noise,) = call(nodes.RandomNoise, seed)
+    return call(nodes.SamplerCustomAdvanced, noise, guider, sampler, sigmas, latent)[0]["samples"]
+
+
 def text_of(caplog) -> str:
     """What the pack logged."""
     return "\n".join(r.getMessage() for r in caplog.records if r.name == "ComfyUI-SiD")

@@ -137,6 +137,7 @@ def make_models(base: Path, recipe: dict[str, str]) -> None:
     models, unet = base / "models", unet_tensors()
     checkpoint = save(models / "checkpoints" / "sdxl-sid-4step.safetensors", checkpoint_tensors(unet), recipe)
     (models / "checkpoints" / "sd_xl_base_1.0.safetensors").hardlink_to(checkpoint)
+    save(models / "diffusion_models" / "sdxl-sid-4step-unet.safetensors", unet, recipe)
     save(models / "loras" / "sdxl-sid-4step-lora.safetensors", lora_tensors(unet), recipe)
     save(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors", controlnet_tensors())
     ramp = torch.linspace(0, 255, 128).byte().expand(128, 128)

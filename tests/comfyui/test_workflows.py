@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sid_train.config import load_config
+
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 NAMES = sorted(p.stem for p in WORKFLOWS.glob("*.json"))
 SMALL = {"width": 128, "height": 128}
@@ -25,13 +27,13 @@ def api(name: str) -> dict:
 
 
 def test_all_workflows_are_there():
-    assert len(NAMES) == 9
+    assert len(NAMES) == 11
     assert sorted(p.stem for p in (WORKFLOWS / "api").glob("*.json")) == NAMES
     for name in NAMES:
         assert Image.open(WORKFLOWS / f"{name}.jpg").size[0] >= 256
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "training_recipe"])
 def test_runs_to_a_picture(server, name):
     prompt = api(name)
     outputs = server.run(prompt)
@@ -40,6 +42,18 @@ def test_runs_to_a_picture(server, name):
     for node in saved:
         picture = np.asarray(Image.open(server.picture(outputs[node])))
         assert picture.std() > 1
+
+
+def test_training_recipe_is_written(server):
+    prompt = api("training_recipe")
+    (node,) = (node for node, content in prompt.items() if content["class_type"] == "SiDTrainingRecipe")
+    (text,) = server.run(prompt)[node]["text"]
+    path = server.base / "output" / "sid_train" / "my-sid.toml"
+    assert f"python -m sid_train distill --config {path} --out runs/my-sid" in text
+    config = load_config(str(path))
+    assert config.model.teacher == str(server.base / "models" / "checkpoints" / "sd_xl_base_1.0.safetensors")
+    assert config.method.guidance == "lsg=1.5"
+    assert len(Path(config.data.prompts).read_text().splitlines()) == 3
 
 
 def test_both_text_to_image_workflows_give_the_same_picture(server):
