@@ -17,6 +17,9 @@ CATEGORY = "SiD"
 RecipeType = io.Custom("SID_RECIPE")
 StrategyType = io.Custom("SID_STRATEGY")
 
+# What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
+TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
+
 _log = logging.getLogger("ComfyUI-SiD")
 _SCHEMA_FIELDS = {f.name for f in dataclasses.fields(io.Schema)}
 
@@ -48,9 +51,16 @@ def check_choice(name: str, value: str, options: Iterable[str]) -> str:
     return value
 
 
-def prediction_type(model) -> str:
-    """``epsilon`` or ``v_prediction``; ValueError for a MODEL that is not sampled as SDXL is."""
-    sampling = model.get_model_object("model_sampling")
+def check_sdxl(network, sampling, source: str) -> str:
+    """``epsilon`` or ``v_prediction``; ValueError for a model that is not SDXL or not sampled as SDXL is.
+
+    network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is
+    """
+    if not isinstance(network, comfy.model_base.SDXL):
+        raise ValueError(
+            f"{source}: expected an SDXL model, got {type(network).__name__}. SiD's loaders and ComfyUI's Load "
+            "Checkpoint give one from an SDXL file."
+        )
     bases = type(sampling).__bases__
     if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
         if comfy.model_sampling.EPS in bases:
@@ -58,29 +68,43 @@ def prediction_type(model) -> str:
         if comfy.model_sampling.V_PREDICTION in bases:
             return "v_prediction"
     raise ValueError(
-        "MODEL: expected SDXL's 1,000 discrete timesteps with eps- or v-prediction, got "
-        f"{type(model.model).__name__} with {' + '.join(b.__name__ for b in bases)}. SiD generators are sampled on "
-        "their own timesteps: remove ModelSampling... nodes from between loader and sampler, and do not use a "
-        "flow-matching model (SD3, FLUX)."
+        f"{source}: expected SDXL's 1,000 discrete timesteps with eps- or v-prediction, got "
+        f"{' + '.join(b.__name__ for b in bases)}. SiD generators are sampled on their own timesteps: remove "
+        "ModelSampling... nodes from between loader and sampler."
     )
 
 
-def check_model(model, recipe: SiDRecipe | None, source: str) -> None:
-    """ValueError unless ``model`` is SDXL and as ``recipe`` says; ``source`` is who says so."""
-    if not isinstance(model.model, comfy.model_base.SDXL):
-        raise ValueError(f"{source}: expected an SDXL model, got {type(model.model).__name__}")
-    predicts = prediction_type(model)
-    if recipe is None:
-        return
+def has_zero_terminal_snr(sampling) -> bool:
+    """Whether the highest noise level is that of a zero-terminal-SNR schedule (SDXL's own ends at 14.6)."""
+    return float(sampling.sigma_max) > 100
+
+
+def check_model(model, recipe: SiDRecipe, source: str) -> None:
+    """ValueError unless MODEL is SDXL and as ``recipe`` says; ``source`` is whose model it is."""
+    sampling = model.get_model_object("model_sampling")
+    predicts = check_sdxl(model.model, sampling, source)
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
             f"{predicts}. Recipe and model belong together: choose the other one. (ComfyUI takes a file for "
             "v-prediction if it holds an empty tensor named 'v_pred'; sid_train writes it.)"
         )
-    is_ztsnr = float(model.get_model_object("model_sampling").sigma_max) > 100
+    is_ztsnr = has_zero_terminal_snr(sampling)
     if recipe.zero_terminal_snr != is_ztsnr:
         raise ValueError(
             f"{source}: its recipe says zero terminal SNR is {str(recipe.zero_terminal_snr).lower()}, but ComfyUI "
             f"loaded the model with {str(is_ztsnr).lower()}. Choose the recipe that belongs to this model."
         )
+
+
+def check_prompt(name: str, conditioning) -> None:
+    """ValueError unless CONDITIONING was made by SDXL's two text encoders."""
+    for text, extra in conditioning:
+        pooled = extra.get("pooled_output")
+        widths = text.shape[-1], None if pooled is None else pooled.shape[-1]
+        if widths != (TEXT_WIDTH, POOLED_WIDTH):
+            raise ValueError(
+                f"{name}: expected a prompt encoded by SDXL's text encoders ({TEXT_WIDTH} wide, pooled "
+                f"{POOLED_WIDTH}), got {widths[0]} wide, pooled {widths[1] or 'missing'}. Connect CLIP Text Encode to "
+                "the CLIP of an SDXL checkpoint."
+            )

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
 from ..sid_train.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
-from .common import RecipeType, StrategyType, check_choice, prediction_type, schema, warn
+from .common import RecipeType, StrategyType, check_choice, check_prompt, check_sdxl, schema, warn
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
 
 AUTO = "auto"
@@ -53,13 +53,22 @@ def make_guider(
     nag_tau: float = NAG_TAU,
     nag_alpha: float = NAG_ALPHA,
 ) -> tuple[comfy.samplers.CFGGuider, list[str]]:
-    """A GUIDER and what the user should be told. ValueError where ``mode`` needs a negative prompt that is missing."""
+    """A GUIDER and what the user should be told.
+
+    ValueError for a model or a prompt that is not SDXL's, and where ``mode`` needs a negative prompt that is missing.
+    """
     check_choice("guidance", mode, MODES)
-    prediction_type(model)  # refuses what is not sampled as SDXL is
+    check_sdxl(model.model, model.get_model_object("model_sampling"), "model")
+    check_prompt("positive", positive)
+    if negative is not None:
+        check_prompt("negative", negative)
     if mode == AUTO:
         mode, cfg = (recipe.sampling_guidance, recipe.sampling_cfg) if recipe else ("none", 1.0)
     if mode != "none" and negative is None:
-        raise ValueError(f"guidance '{mode}': expected a negative prompt, but 'negative' is not connected.")
+        raise ValueError(
+            f"guidance '{mode}': expected a negative prompt, but 'negative' is not connected. Connect one (its text "
+            "may be empty), or set guidance to 'none'."
+        )
     if mode == "none":
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -13,11 +15,12 @@ from comfy_api.latest import io
 from ..sid_train.core.recipe import (
     PRESETS,
     SDXL_ARCHITECTURE,
+    RecipeError,
     SiDRecipe,
     has_recipe,
     read_safetensors_metadata,
 )
-from .common import RecipeType, check_choice, check_model, schema, warn
+from .common import RecipeType, check_choice, check_model, check_sdxl, has_zero_terminal_snr, schema, warn
 
 FROM_FILE = "from the file"
 WEIGHT_DTYPES = {
@@ -71,28 +74,47 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
     if not path.lower().endswith((".safetensors", ".sft")):
         raise ValueError(f"{path}: expected a safetensors file. Convert it first: other formats can run code.")
     metadata = read_safetensors_metadata(path)
-    if choice == FROM_FILE:
-        if not has_recipe(metadata):
-            raise ValueError(
-                f"{path}: the file does not say how it is to be sampled. Set 'recipe' to what it was distilled as: "
-                f"{', '.join(PRESETS)}."
-            )
-        recipe = SiDRecipe.from_metadata(metadata, path)
-    else:
-        recipe = PRESETS[choice]
-        if has_recipe(metadata):
-            own = SiDRecipe.from_metadata(metadata, path)
-            if own.timesteps != recipe.timesteps or own.noise_mode != recipe.noise_mode:
-                return recipe, [
-                    f"'{choice}' replaces the file's own recipe (timesteps {' '.join(map(str, own.timesteps))}, "
-                    f"noise {own.noise_mode}). Set 'recipe' to '{FROM_FILE}' to sample it as it was trained."
-                ]
+    if choice != FROM_FILE:
+        return PRESETS[choice], _replaced(choice, metadata, path)
+    if not has_recipe(metadata):
+        raise ValueError(
+            f"{path}: the file does not say how it is to be sampled. Set 'recipe' to what it was distilled as: "
+            f"{', '.join(PRESETS)}."
+        )
+    recipe = SiDRecipe.from_metadata(metadata, path)
     if recipe.architecture.split("/")[0] != SDXL_ARCHITECTURE:
         raise ValueError(
             f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {recipe.architecture}. "
             "These nodes sample SDXL; run other models with 'python -m sid_train sample'."
         )
     return recipe, []
+
+
+def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
+    """What the user should be told about the file's own recipe, where preset ``choice`` takes its place."""
+    if not has_recipe(metadata):
+        return []
+    try:
+        own = SiDRecipe.from_metadata(metadata, path)
+    except RecipeError as error:
+        return [f"'{choice}' replaces the file's own recipe, which cannot be read ({error})."]
+    chain = ("timesteps", "noise_mode", "unit_variance_start")
+    if all(getattr(own, name) == getattr(PRESETS[choice], name) for name in chain):
+        return []
+    return [
+        f"'{choice}' replaces the file's own recipe (timesteps {' '.join(map(str, own.timesteps))}, noise "
+        f"{own.noise_mode}). Set 'recipe' to '{FROM_FILE}' to sample it as it was trained."
+    ]
+
+
+def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str) -> SiDRecipe:
+    """``recipe``, checked against the model of the same file. A preset takes the prediction type from the model."""
+    if choice != FROM_FILE:
+        sampling = model.get_model_object("model_sampling")
+        predicts = check_sdxl(model.model, sampling, path)
+        recipe = replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+    check_model(model, recipe, path)
+    return recipe
 
 
 class SiDCheckpointLoader(io.ComfyNode):
@@ -131,7 +153,7 @@ class SiDCheckpointLoader(io.ComfyNode):
             output_clip=True,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
-        check_model(model, how, path)
+        how = fit_recipe(model, how, recipe, path)
         warn(cls, messages)
         return io.NodeOutput(model, clip, vae, how)
 
@@ -168,7 +190,7 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         options = dict(WEIGHT_DTYPES[check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)])
         how, messages = read_recipe(path, recipe)
         model = comfy.sd.load_diffusion_model(path, model_options=options)
-        check_model(model, how, path)
+        how = fit_recipe(model, how, recipe, path)
         warn(cls, messages)
         return io.NodeOutput(model, how)
 

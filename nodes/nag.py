@@ -10,7 +10,10 @@ NAG_SCALE = 2.0
 NAG_TAU = 2.5
 NAG_ALPHA = 0.5
 # Every place where SDXL (or a smaller UNet of its class) can have a transformer; a place without one is never asked.
-BLOCKS = [(part, number) for part in ("input", "output") for number in range(12)] + [("middle", 0), ("middle", 1)]
+BLOCKS = [(part, number) for part in ("input", "output") for number in range(12)] + [("middle", 0)]
+
+# What restricts CONDITIONING to a part of the picture or of the steps.
+LIMITS = ("area", "mask", "start_percent", "end_percent")
 
 
 def nag_blend(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
@@ -28,8 +31,8 @@ def nag_blend(positive: Tensor, negative: Tensor, scale: float, tau: float, alph
 def patch_nag(model, negative, scale: float, tau: float, alpha: float):
     """A clone of MODEL whose cross attention moves away from ``negative`` (CONDITIONING with one prompt).
 
-    Returns ``model`` itself where the strength is 0. ValueError for several negative prompts, and for a model whose
-    cross attention another node has replaced.
+    Returns ``model`` itself where the strength is 0. ValueError for several negative prompts, for one that is not meant
+    for the whole picture and all steps, and for a model whose cross attention another node has replaced.
     """
     if scale == 0 or alpha == 0:
         return model
@@ -37,6 +40,11 @@ def patch_nag(model, negative, scale: float, tau: float, alpha: float):
         raise ValueError(
             f"guidance 'nag': expected one negative prompt, got {len(negative)} parts. Join them with "
             "Conditioning (Concat); areas, masks and schedules of a negative prompt need guidance 'cfg'."
+        )
+    if limits := [key for key in LIMITS if key in negative[0][1]]:
+        raise ValueError(
+            f"guidance 'nag': expected a negative prompt for the whole picture and all steps, got one with "
+            f"{' and '.join(limits)}. Use guidance 'cfg' for areas, masks and schedules."
         )
     if model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2"):
         raise ValueError(

@@ -23,7 +23,7 @@ from ..sid_train.core.sampling import (
     noise_sampler,
     seeded_noise,
 )
-from .common import RecipeType, check_choice, check_model, prediction_type, schema, warn
+from .common import RecipeType, check_choice, check_model, check_sdxl, schema, warn
 from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
 from .nag import NAG_SCALE
 
@@ -51,9 +51,9 @@ def make_sigmas(model, recipe: SiDRecipe | None, steps: int, denoise: float) -> 
     if recipe is None:
         recipe = PRESETS[DEFAULT_PRESET]
         messages.append(f"No recipe is connected: sampling as '{DEFAULT_PRESET}'.")
-        prediction_type(model)
+        check_sdxl(model.model, model.get_model_object("model_sampling"), "model")
     else:
-        check_model(model, recipe, "recipe")
+        check_model(model, recipe, "model")
     timesteps = recipe.timesteps_for(steps or None)
     if len(timesteps) != recipe.steps:
         messages.append(
@@ -96,8 +96,10 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
                 f"sigmas: expected to end in 0, got {float(sigmas[-1]):g}. The chain predicts the whole picture at "
                 "every step: do not split SIGMAS for it; use 'denoise' of SiD Scheduler."
             )
+        network = model.inner_model.inner_model
+        check_sdxl(network, network.model_sampling, "model")  # of any guider
         noise, latent = model.noise.to(x), model.latent_image
-        first = model.inner_model.inner_model.model_sampling.sigmas[recipe.t_init]
+        first = network.model_sampling.sigmas[recipe.t_init]
         from_noise = start == "noise" or (start == "auto" and float(sigmas[0]) >= float(first) * (1 - 1e-5))
         progress = comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable)
 
@@ -121,13 +123,23 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
 
 
 def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[dict, dict]:
-    """What SamplerCustomAdvanced does with RandomNoise: (LATENT, the last x0 as LATENT)."""
+    """What SamplerCustomAdvanced does with RandomNoise: (LATENT, the last x0 as LATENT).
+
+    ValueError for a latent of another model.
+    """
     model = guider.model_patcher
     # ComfyUI after 0.3.64 also lets an empty latent say what it was made for.
     fix = comfy.sample.fix_empty_latent_channels
     ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
     known = [name for name in ratios if name in inspect.signature(fix).parameters]
     image = fix(model, latent["samples"], **{name: latent.get(name) for name in known})
+    channels = model.get_model_object("latent_format").latent_channels
+    if image.is_nested or image.ndim != 4 or image.shape[1] != channels:
+        shape = "several latents" if image.is_nested else "x".join(map(str, image.shape))
+        raise ValueError(
+            f"latent_image: expected an SDXL latent (batch x {channels} channels x height x width), got {shape}. Use "
+            "Empty Latent Image, or VAE Encode with SDXL's VAE."
+        )
     latent = {k: v for k, v in latent.items() if k not in ratios} | {"samples": image}
 
     x0_output: dict[str, Tensor] = {}
@@ -196,7 +208,9 @@ class SiDFewStepSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The picture's latent."),
-                io.Latent.Output(display_name="denoised", tooltip="The last prediction, before masks and hooks."),
+                io.Latent.Output(
+                    display_name="denoised", tooltip="The last prediction, which in this chain is the picture itself."
+                ),
             ],
         )
 

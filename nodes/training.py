@@ -9,11 +9,15 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..sid_train.config import config_from_dict
+from ..sid_train.config import RECIPES, config_from_dict, read_toml
 from ..sid_train.core.sampling import MAX_STEPS
 from ..sid_train.files import write_text
-from .common import StrategyType, schema, show
+from .common import StrategyType, check_choice, schema, show
 
+# What the trainer ships for SDXL: the settings that this node does not ask for.
+BASES = sorted(path.stem for path in RECIPES.glob("sdxl-*.toml"))
+# The formats of prompts that the trainer reads.
+PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
 GAN_WEIGHT = 0.01
 
@@ -39,7 +43,14 @@ class SiDTrainingRecipe(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="What it is trained on: one prompt a line, or the path of a text file with thousands.",
+                    tooltip="What it is trained on: one prompt a line, or the path of a .txt, .jsonl, .csv or .parquet "
+                    "file with thousands, or of a folder of captions.",
+                ),
+                io.Combo.Input(
+                    "base",
+                    options=BASES,
+                    default=BASES[0],
+                    tooltip="The shipped recipe that everything else comes from: sizes, learning rates, memory.",
                 ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=MAX_STEPS, tooltip="Network calls of the generator: 1, 2, 4 ... 8."
@@ -47,7 +58,7 @@ class SiDTrainingRecipe(io.ComfyNode):
                 StrategyType.Input(
                     "strategy",
                     optional=True,
-                    tooltip="From SiD Distillation Guidance; without one: none.",
+                    tooltip="From SiD Distillation Guidance; without one: what 'base' says.",
                 ),
                 io.String.Input(
                     "pairs",
@@ -64,40 +75,48 @@ class SiDTrainingRecipe(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, teacher: str, prompts: str, steps: int, pairs: str, name: str, strategy: str | None = None
+        cls, teacher: str, prompts: str, base: str, steps: int, pairs: str, name: str, strategy: str | None = None
     ) -> io.NodeOutput:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(f"name: expected letters, digits, '-', '_' and '.', got {name!r}")
         folder = Path(folder_paths.get_output_directory()) / "sid_train"
-        values: dict = {
-            "model": {"teacher": folder_paths.get_full_path_or_raise("checkpoints", teacher)},
-            "data": {"prompts": _prompt_file(prompts, folder / f"{name}.prompts.txt")},
-            "method": {"steps": steps, "guidance": strategy or "none"},
-        }
+        values = read_toml(RECIPES / f"{check_choice('base', base, BASES)}.toml")
+
+        def change(section: str, **settings) -> None:
+            values.setdefault(section, {}).update(settings)
+
+        change("model", teacher=folder_paths.get_full_path_or_raise("checkpoints", teacher))
+        change("data", prompts=_prompt_source(prompts, folder / f"{name}.prompts.txt"))
+        change("method", steps=steps)
+        if strategy:
+            change("method", guidance=strategy)
         if pairs.strip():
-            if not Path(pairs.strip()).is_dir():
-                raise ValueError(f"pairs: expected a folder of image-text pairs, or nothing; no folder {pairs!r}")
-            values["data"]["pairs"] = pairs.strip()
-            values["gan"] = {"generator_weight": GAN_WEIGHT}
+            change("data", pairs=_existing("pairs", pairs.strip(), "a folder of image-text pairs, or nothing"))
+            change("gan", generator_weight=GAN_WEIGHT)
         config = config_from_dict(values, "SiD Training Recipe")
         path = folder / f"{name}.toml"
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, config.to_toml())
         command = f"python -m sid_train distill --config {shlex.quote(str(path))} --out {shlex.quote(f'runs/{name}')}"
-        text = f"{command}\n\n(in {Path(__file__).parents[1]}, after pip install -e . there)"
+        text = f'{command}\n\n(in {Path(__file__).parents[1]}, after pip install -e ".[sdxl]" there)'
         show(cls, text)
         return io.NodeOutput(command, ui=ui.PreviewText(text))
 
 
-def _prompt_file(prompts: str, path: Path) -> str:
-    """The text file that was named, or ``path`` with the prompts that were typed."""
+def _prompt_source(prompts: str, path: Path) -> str:
+    """The file or folder that was named, or ``path`` with the prompts that were typed."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not lines:
-        raise ValueError("prompts: expected prompts, one a line, or the path of a text file; got nothing")
-    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
-        if not Path(lines[0]).is_file():
-            raise ValueError(f"prompts: no file {lines[0]!r}")
-        return lines[0]
+        raise ValueError("prompts: expected prompts, one a line, or the path of a file of them; got nothing")
+    if len(lines) == 1 and (lines[0].lower().endswith(PROMPT_FILES) or Path(lines[0]).is_dir()):
+        return _existing("prompts", lines[0], "a file or folder of prompts")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
     return str(path)
+
+
+def _existing(name: str, path: str, expected: str) -> str:
+    """The absolute path, since the command runs in another folder than ComfyUI; ValueError if nothing is there."""
+    if not Path(path).exists():
+        raise ValueError(f"{name}: expected {expected}; there is nothing at {path!r}")
+    return str(Path(path).resolve())

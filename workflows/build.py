@@ -15,11 +15,22 @@ from typing import Any
 HERE = Path(__file__).parent
 CHECKPOINT = "sdxl-sid-4step.safetensors"
 BASE = "sd_xl_base_1.0.safetensors"
+UNET = "sdxl-sid-4step-unet.safetensors"
 LORA = "sdxl-sid-4step-lora.safetensors"
 CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 PROMPT = "a lighthouse on a cliff at dawn, crashing waves, volumetric light, photograph"
 NEGATIVE = "people, text, blurry"
 COLUMN, ROW_GAP = 380, 60
+# Room for a text, a picture or the preview that a sampler shows while it runs.
+EXTRA_HEIGHT = {
+    "CLIPTextEncode": 90,
+    "SaveImage": 260,
+    "LoadImage": 260,
+    "SiDFewStepSampler": 220,
+    "SamplerCustomAdvanced": 220,
+    "SiDRecipeInfo": 300,
+    "SiDTrainingRecipe": 200,
+}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -31,10 +42,13 @@ class Link:
 
 
 class Node:
-    """One node: ``node[0]`` is its first output. ``column`` places it, left to right."""
+    """One node: ``node[0]`` is its first output. ``column`` places it, left to right.
 
-    def __init__(self, kind: str, column: int, title: str = "", **inputs: Any):
-        self.kind, self.column, self.title, self.inputs = kind, column, title, inputs
+    after_run: what the frontend does with the seed, ``randomize`` or ``fixed``
+    """
+
+    def __init__(self, kind: str, column: int, title: str = "", after_run: str = "randomize", **inputs: Any):
+        self.kind, self.column, self.title, self.after_run, self.inputs = kind, column, title, after_run, inputs
 
     def __getitem__(self, slot: int) -> Link:
         return Link(self, slot)
@@ -75,6 +89,35 @@ def custom_sampling() -> tuple[list[Node], str]:
     return [*nodes, *picture(sampler[0], loader[2], 4, "sid_custom")], (
         "# Text to image, custom sampling\n\nThe same picture as with SiD Few-Step Sampler, bit for bit, from "
         f"ComfyUI's SamplerCustomAdvanced. Put the checkpoint into `models/checkpoints` ({CHECKPOINT} stands for it)."
+    )
+
+
+def diffusion_model() -> tuple[list[Node], str]:
+    few = Node("SiDDiffusionModelLoader", 0, unet_name=UNET)
+    loader = Node("CheckpointLoaderSimple", 0, ckpt_name=BASE)
+    prompt = Node("CLIPTextEncode", 1, "Prompt", text=PROMPT, clip=loader[1])
+    latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
+    info = Node("SiDRecipeInfo", 1, "What the file says", recipe=few[1])
+    override = Node("SiDRecipeOverride", 2, recipe=few[1], noise_mode="fixed")
+    sampler = Node("SiDFewStepSampler", 3, model=few[0], positive=prompt[0], latent_image=latent[0], recipe=override[0])
+    nodes = [few, loader, prompt, latent, info, override, sampler]
+    return [*nodes, *picture(sampler[0], loader[2], 4, "sid_unet")], (
+        "# A diffusion model and its recipe\n\nA UNet without text encoders and VAE goes into "
+        f"`models/diffusion_models` ({UNET} stands for it); they come from any SDXL checkpoint ({BASE}).\n\nSiD "
+        "Recipe Info shows what the file says. SiD Recipe Override changes it, here the noise between steps: an "
+        "experiment. Bypass it to sample the model as it was trained."
+    )
+
+
+def training_recipe() -> tuple[list[Node], str]:
+    strategy = Node("SiDDistillationGuidance", 0, strategy="lsg")
+    prompts = "a lighthouse on a cliff at dawn\na bowl of cherries, oil painting\nan astronaut feeding pigeons"
+    recipe = Node("SiDTrainingRecipe", 1, teacher=BASE, prompts=prompts, strategy=strategy[0])
+    return [strategy, recipe], (
+        "# Distil your own checkpoint\n\nWrites the configuration of a distillation and shows the command that runs "
+        "it in a terminal; it trains nothing itself. The teacher is any SDXL checkpoint in `models/checkpoints` "
+        f"({BASE} stands for it). Three prompts are an example: a real run wants thousands, so give the path of a "
+        "file."
     )
 
 
@@ -172,11 +215,12 @@ def guidance_grid() -> tuple[list[Node], str]:
     negative = Node("CLIPTextEncode", 1, "Negative prompt", text=NEGATIVE, clip=loader[1])
     latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
     nodes, pictures = [loader, prompt, negative, latent], []
-    for mode in ("none", "nag", "cfg", "cfg first step only"):
+    for number, mode in enumerate(("none", "nag", "cfg", "cfg first step only")):
         sampler = Node(
             "SiDFewStepSampler",
-            2,
+            2 + number % 2,
             f"guidance: {mode}",
+            "fixed",
             model=loader[0],
             positive=prompt[0],
             negative=negative[0],
@@ -184,12 +228,12 @@ def guidance_grid() -> tuple[list[Node], str]:
             recipe=loader[3],
             guidance=mode,
         )
-        decoded = Node("VAEDecode", 3, samples=sampler[0], vae=loader[2])
+        decoded = Node("VAEDecode", 4, samples=sampler[0], vae=loader[2])
         nodes += [sampler, decoded]
         pictures.append(decoded[0])
-    rows = [Node("ImageStitch", 4, image1=pictures[i], image2=pictures[i + 1], direction="right") for i in (0, 2)]
-    grid = Node("ImageStitch", 5, image1=rows[0][0], image2=rows[1][0], direction="down")
-    return [*nodes, *rows, grid, Node("SaveImage", 5, images=grid[0], filename_prefix="sid_guidance")], (
+    rows = [Node("ImageStitch", 5, image1=pictures[i], image2=pictures[i + 1], direction="right") for i in (0, 2)]
+    grid = Node("ImageStitch", 6, image1=rows[0][0], image2=rows[1][0], direction="down")
+    return [*nodes, *rows, grid, Node("SaveImage", 6, images=grid[0], filename_prefix="sid_guidance")], (
         "# Guidance modes side by side\n\nThe same seed without a negative prompt (top left), with it by `nag` (top "
         "right, no extra network call), by `cfg` (bottom left, two calls a step) and by `cfg first step only` "
         f"(bottom right). The checkpoint goes into `models/checkpoints` ({CHECKPOINT} stands for it)."
@@ -203,7 +247,7 @@ def native() -> tuple[list[Node], str]:
     noise = Node("RandomNoise", 2, noise_seed=0)
     guider = Node("BasicGuider", 2, model=loader[0], conditioning=prompt[0])
     select = Node("KSamplerSelect", 2, sampler_name="lcm")
-    sigmas = Node("BasicScheduler", 2, model=loader[0], scheduler="simple", steps=4, denoise=0.625)
+    sigmas = Node("BasicScheduler", 2, model=loader[0], scheduler="simple", steps=4, denoise=0.63)
     sampler = Node(
         "SamplerCustomAdvanced",
         3,
@@ -216,7 +260,7 @@ def native() -> tuple[list[Node], str]:
     nodes = [loader, prompt, latent, noise, guider, select, sigmas, sampler]
     return [*nodes, *picture(sampler[0], loader[2], 4, "native")], (
         "# Without this pack\n\nAs near as ComfyUI's own nodes get to a generator that was trained from timestep "
-        "625: `lcm` on `simple` with denoise 0.625 runs 666 499 333 166 where it was trained on 625 468 312 156. "
+        "625: `lcm` on `simple` with denoise 0.63 runs 666 499 333 166 where it was trained on 625 468 312 156. "
         "The pictures are not the same: use the SiD nodes where you can."
     )
 
@@ -229,6 +273,7 @@ def picture(latent: Link, vae: Link, column: int, prefix: str) -> list[Node]:
 WORKFLOWS = {
     "text_to_image": text_to_image,
     "text_to_image_custom_sampling": custom_sampling,
+    "diffusion_model_and_recipe": diffusion_model,
     "lora_on_any_checkpoint": lora,
     "image_to_image": image_to_image,
     "inpainting": inpainting,
@@ -236,6 +281,7 @@ WORKFLOWS = {
     "hires_fix": hires_fix,
     "guidance_modes": guidance_grid,
     "native_fallback": native,
+    "training_recipe": training_recipe,
 }
 
 
@@ -277,12 +323,12 @@ def build(nodes: list[Node], note: str, definitions: dict) -> tuple[dict, dict]:
                 widgets.append(value)
                 values[name] = value
                 if len(spec) > 1 and (spec[1].get("control_after_generate") or spec[1].get("image_upload")):
-                    widgets.append("randomize" if spec[1].get("control_after_generate") else "image")
+                    widgets.append(node.after_run if spec[1].get("control_after_generate") else "image")
             else:
                 inputs.append({"name": name, "type": spec[0], "link": None})
         top = bottoms.get(node.column, 0)
         height = 60 + 26 * (max(len(inputs), len(definition["output"])) + len(widgets))
-        height += {"CLIPTextEncode": 90, "SaveImage": 260, "LoadImage": 260}.get(node.kind, 0)
+        height += EXTRA_HEIGHT.get(node.kind, 0)
         bottoms[node.column] = top + height + ROW_GAP
         title = {"title": node.title} if node.title else {}
         ui_nodes.append(
@@ -304,7 +350,7 @@ def build(nodes: list[Node], note: str, definitions: dict) -> tuple[dict, dict]:
                 "widgets_values": widgets,
             }
         )
-        meta = {"_meta": {"title": node.title or definition["display_name"]}}
+        meta = {"_meta": {"title": node.title or definition["display_name"] or node.kind}}
         api[str(number)] = {"class_type": node.kind, "inputs": values, **meta}
     for (number, slot), made in outgoing.items():
         ui_nodes[number - 1]["outputs"][slot]["links"] = made

@@ -1,7 +1,8 @@
 """What the nodes cost: ``python tests/comfyui/benchmark.py``, with COMFYUI_PATH or ~/comfy/ComfyUI, on the CPU.
 
 Paired runs on one small SDXL-class model, in turn: ComfyUI's KSampler (lcm, K steps, CFG 1), SiD Few-Step Sampler with
-guidance none, and with nag. Prints the median time of each and the median of the ratios to KSampler and to none.
+guidance none, and with nag. Prints the median time of each and the median of the ratios to KSampler and to none; then
+how far the latents of the native fallback workflow are from ours, and for comparison those of another seed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import statistics
 import time
 
 import conftest
-from helpers import conditioning, empty_latent, module, run
+from helpers import conditioning, empty_latent, module, native_fallback, run
 
 
 def main() -> None:
@@ -61,6 +62,17 @@ def main() -> None:
         print(f"{name:<10} {statistics.median(taken) * 1000:8.1f} ms")
     print(f"SiD none / KSampler  {ratio('SiD none', 'KSampler'):.3f}")
     print(f"SiD nag / SiD none   {ratio('SiD nag', 'SiD none'):.3f}")
+
+    def sid(seed: int) -> torch.Tensor:
+        return run(sampler, **ours | {"steps": 4}, seed=seed)[0]["samples"]
+
+    def distance(other) -> float:
+        """Root mean square difference to our latents over theirs, median of 8 seeds."""
+        pairs = [(sid(seed), other(seed)) for seed in range(8)]
+        return statistics.median(float((a - b).norm() / a.norm()) for a, b in pairs)
+
+    print(f"native fallback      {distance(lambda seed: native_fallback(model, positive, latent, seed)):.2f} from ours")
+    print(f"another seed         {distance(lambda seed: sid(seed + 100)):.2f} from ours")
 
 
 if __name__ == "__main__":

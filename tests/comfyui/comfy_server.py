@@ -109,8 +109,11 @@ class Server:
     def run(self, prompt: dict) -> dict:
         """Outputs by node id; RuntimeError with ComfyUI's message where a node failed."""
         entry = self.wait(self.queue(prompt))
+        errors = [content for kind, content in entry["status"]["messages"] if kind == "execution_error"]
+        if errors:
+            raise RuntimeError(f"{errors[0]['node_type']}: {errors[0]['exception_message']}{errors[0]['traceback']}")
         if entry["status"]["status_str"] != "success":
-            raise RuntimeError(json.dumps(entry["status"]["messages"], indent=1)[-4000:])
+            raise RuntimeError(f"{entry['status']}")
         return entry["outputs"]
 
     def picture(self, output: dict) -> Path:

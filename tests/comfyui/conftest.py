@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 PACK = "custom_nodes.ComfyUI-SiD"
@@ -103,3 +104,45 @@ def server(pack, tmp_path_factory):
     running = Server(COMFYUI, base)
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def recipes(pack):
+    from helpers import module
+
+    return module(pack, "sid_train.core.recipe")
+
+
+@pytest.fixture
+def folders(pack):
+    import folder_paths  # ComfyUI's, on the path once the pack is imported
+
+    return folder_paths
+
+
+@pytest.fixture
+def put(tmp_path, monkeypatch, folders):
+    """Puts tensors into a file in one of ComfyUI's model folders."""
+
+    def write(kind: str, name: str, tensors: dict, metadata: dict[str, str] | None = None) -> str:
+        folder = tmp_path / kind
+        folder.mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata)
+        monkeypatch.setitem(folders.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
+        return name
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tensors(unet_file: Path) -> dict:
+    """The UNet's, with ldm names."""
+    return load_file(unet_file)
+
+
+@pytest.fixture(scope="session")
+def lora(tensors) -> dict:
+    """A LoRA's on the UNet, with kohya names."""
+    from small_models import lora_tensors
+
+    return lora_tensors(tensors)

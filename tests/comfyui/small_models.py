@@ -58,6 +58,29 @@ def unet_tensors(seed: int = 0) -> dict[str, Tensor]:
     return dict(initialise(unet, seed).state_dict())
 
 
+def sd15_unet_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """A UNet of SD 1.5's class, 21M parameters: what does not belong into these nodes."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = {
+        **UNET_CONFIG,
+        "num_res_blocks": [1],
+        "channel_mult": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [0, 0],
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_linear_in_transformer": False,
+        "context_dim": 768,
+        "num_classes": None,
+        "adm_in_channels": None,
+    }
+    unet = UNetModel(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    return dict(initialise(unet, seed).state_dict())
+
+
 def vae_tensors(seed: int = 0) -> dict[str, Tensor]:
     """TAESD's architecture, which ComfyUI takes as a VAE."""
     from comfy.taesd.taesd import TAESD
@@ -114,6 +137,7 @@ def make_models(base: Path, recipe: dict[str, str]) -> None:
     models, unet = base / "models", unet_tensors()
     checkpoint = save(models / "checkpoints" / "sdxl-sid-4step.safetensors", checkpoint_tensors(unet), recipe)
     (models / "checkpoints" / "sd_xl_base_1.0.safetensors").hardlink_to(checkpoint)
+    save(models / "diffusion_models" / "sdxl-sid-4step-unet.safetensors", unet, recipe)
     save(models / "loras" / "sdxl-sid-4step-lora.safetensors", lora_tensors(unet), recipe)
     save(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors", controlnet_tensors())
     ramp = torch.linspace(0, 255, 128).byte().expand(128, 128)

@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from test_workflows import NAMES, SMALL, WORKFLOWS, api
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the frontend's tests need: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the frontend's tests need Chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+BACKGROUND = (24, 24, 24)
+MARGINS = {"x": 80, "y": 110}  # clear of the frontend's bars
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +71,36 @@ def test_workflow_in_the_frontend(page, server, name, tmp_path):
     assert len(new) == 1
     assert server.wait(new.pop())["status"]["status_str"] == "success"
     page.keyboard.press("Escape")  # the template browser opens on a first visit
-    page.wait_for_timeout(500)
     shot = tmp_path / f"{name}.png"
-    page.screenshot(path=str(shot))
+    photograph(page, shot)
     if folder := os.environ.get("SID_SCREENSHOTS"):
-        Image.open(shot).convert("RGB").resize((800, 450)).save(Path(folder) / f"{name}.jpg", quality=85)
+        picture = ImageOps.pad(Image.open(shot).convert("RGB"), (960, 540), color=BACKGROUND)
+        picture.save(Path(folder) / f"{name}.jpg", quality=85)
+
+
+def photograph(page, path: Path) -> None:
+    """The whole graph, a pixel of the frontend a pixel of the picture."""
+    width, height = page.evaluate(
+        """(margins) => {
+            const boxes = app.graph.nodes.map((n) => n.getBounding());
+            const from = [0, 1].map((i) => Math.min(...boxes.map((b) => b[i])));
+            const to = [0, 1].map((i) => Math.max(...boxes.map((b) => b[i] + b[i + 2])));
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [margins.x - from[0], margins.y - from[1]];
+            app.canvas.setDirty(true, true);
+            return [to[0] - from[0], to[1] - from[1]];
+        }""",
+        MARGINS,
+    )
+    around = 20
+    page.set_viewport_size({"width": int(width) + 400, "height": int(height) + 400})
+    page.wait_for_timeout(500)
+    page.screenshot(
+        path=str(path),
+        clip={
+            "x": MARGINS["x"] - around,
+            "y": MARGINS["y"] - around,
+            "width": width + 2 * around,
+            "height": height + 2 * around,
+        },
+    )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import conditioning, empty_latent, module, run, text_of
+from helpers import call, conditioning, empty_latent, module, native_fallback, run, text_of
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,6 @@ def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, step
 def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, model, make_recipe):
     from comfy_extras.nodes_custom_sampler import RandomNoise, SamplerCustomAdvanced
 
-    def call(node, *args):  # V1 nodes on 0.3.64, V3 nodes on 0.33.0
-        made = getattr(node, "execute", None)
-        return made(*args).result if made else getattr(node(), node.FUNCTION)(*args)
-
     image = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5)), "batch_index": [3, 1]}
     for guidance, denoise in (("none", 1.0), ("nag", 1.0), ("cfg", 0.5), ("cfg first step only", 0.5)):
         recipe = make_recipe()
@@ -116,6 +112,19 @@ def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, mo
         assert torch.equal(ours["samples"], theirs["samples"])
         assert torch.equal(denoised["samples"], theirs_denoised["samples"])
         assert ours["batch_index"] == [3, 1]
+
+
+def test_native_fallback_is_another_picture(nodes, model, make_recipe):
+    """What its note says: ComfyUI's own nodes run other timesteps."""
+    from comfy_extras.nodes_custom_sampler import BasicScheduler
+
+    (sigmas,) = call(BasicScheduler, model, "simple", 4, 0.63)
+    timesteps = model.get_model_object("model_sampling").timestep(sigmas[:-1])
+    assert timesteps.tolist() == [666, 499, 333, 166]
+    inputs = {"model": model, "positive": conditioning(1), "latent_image": empty_latent(), "seed": 3}
+    (ours, _) = run(nodes["SiDFewStepSampler"], **inputs, recipe=make_recipe())
+    theirs = native_fallback(model, conditioning(1), empty_latent(), 3)
+    assert (ours["samples"] - theirs).norm() > 0.1 * ours["samples"].norm()
 
 
 def test_one_network_call_a_step_and_two_with_cfg(nodes, model, make_recipe, calls):

@@ -158,6 +158,13 @@ def test_file_without_a_recipe_says_so(write):
     assert has_recipe(SiDRecipe().to_metadata())
 
 
+def test_file_that_was_cut_off(write):
+    path = write({"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RecipeError, match=r"expected .* bytes, but the file ends after .*: copy or download it again"):
+        read_safetensors_metadata(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [

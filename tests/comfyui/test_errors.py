@@ -1,0 +1,400 @@
+"""Every wrong file, connection and setting that a user can choose, and what the node then says.
+
+One function a mistake, with the message that it has to give: what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import conditioning, empty_latent, run
+
+MISTAKES = []
+PRESET = "SiD 625 (4 steps)"
+
+
+def message(text: str):
+    """Registers a mistake with the regular expression that its message matches."""
+
+    def register(mistake):
+        MISTAKES.append(pytest.param(mistake, text, id=mistake.__name__))
+        return mistake
+
+    return register
+
+
+@dataclass
+class Kit:
+    """Right files and connections, to be used wrongly."""
+
+    nodes: dict
+    put: Any
+    model: Any
+    sd15_model: Any
+    recipe: Any
+    tensors: dict
+    lora: dict
+    folder: Path
+
+    def load_unet(self, tensors: dict | None = None, says=None, changes: dict | None = None, **inputs):
+        """A file whose header says the recipe ``says``, with ``changes`` of its text."""
+        metadata = says.to_metadata() | (changes or {}) if says else None
+        name = self.put("diffusion_models", "file.safetensors", self.tensors if tensors is None else tensors, metadata)
+        return run(self.nodes["SiDDiffusionModelLoader"], **{"unet_name": name} | inputs)
+
+    def load_lora(self, tensors: dict, model=None, **changes):
+        name = self.put("loras", "lora.safetensors", tensors, replace(self.recipe, **changes).to_metadata())
+        return run(self.nodes["SiDLoRALoader"], model=model or self.model, lora_name=name)
+
+    def sample(self, **changes):
+        inputs = {"model": self.model, "recipe": self.recipe, "positive": conditioning(1), "seed": 0}
+        return run(self.nodes["SiDFewStepSampler"], **inputs | {"latent_image": empty_latent()} | changes)
+
+    def sample_custom(self, model, sigmas: list[float]):
+        """What SamplerCustomAdvanced does with a guider of ComfyUI's own."""
+        from comfy.samplers import CFGGuider
+
+        (sampler,) = run(self.nodes["SiDSamplerSelect"], recipe=self.recipe)
+        guider = CFGGuider(model)
+        guider.inner_set_conds({"positive": conditioning(1)})
+        zeros = torch.zeros(1, 4, 16, 16)
+        return guider.sample(zeros, zeros, sampler, torch.tensor(sigmas), seed=0)
+
+    def write_recipe(self, **changes):
+        teacher = self.put("checkpoints", "base.safetensors", {"a": torch.zeros(1)})
+        return run(self.nodes["SiDTrainingRecipe"], **{"teacher": teacher, "prompts": "a cat"} | changes)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@message(r"file.safetensors: expected a safetensors file, but its header cannot be read")
+def file_that_is_not_safetensors(kit: Kit):
+    kit.put("diffusion_models", "file.safetensors", {"a": torch.zeros(1)})
+    (kit.folder / "diffusion_models" / "file.safetensors").write_bytes(b"not safetensors")
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.safetensors")
+
+
+@message(r"file.ckpt: expected a safetensors file. Convert it first")
+def pickled_file(kit: Kit):
+    kit.put("diffusion_models", "file.ckpt", {"a": torch.zeros(1)})
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.ckpt", recipe=PRESET)
+
+
+@message(r"file.safetensors: expected .* bytes, but the file ends after .*: copy or download it again")
+def download_that_was_cut_off(kit: Kit):
+    kit.put("diffusion_models", "file.safetensors", kit.tensors, kit.recipe.to_metadata())
+    path = kit.folder / "diffusion_models" / "file.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.safetensors")
+
+
+@message(r"'diffusion_models' with filename 'gone.safetensors' not found")
+def file_that_is_gone(kit: Kit):
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name="gone.safetensors")
+
+
+@message(r"does not say how it is to be sampled. Set 'recipe' to what it was distilled as: .*DMD2 \(4 steps\)")
+def file_without_a_recipe(kit: Kit):
+    kit.load_unet()
+
+
+@message(r"Could not detect model type of: .*file.safetensors")
+def lora_as_a_diffusion_model(kit: Kit):
+    kit.load_unet(kit.lora, kit.recipe)
+
+
+@message(r"Could not detect model type of: .*file.safetensors")
+def lora_as_a_checkpoint(kit: Kit):
+    name = kit.put("checkpoints", "file.safetensors", kit.lora, kit.recipe.to_metadata())
+    run(kit.nodes["SiDCheckpointLoader"], ckpt_name=name)
+
+
+@message(r"file.safetensors: expected an SDXL model, got BaseModel")
+def preset_for_a_model_that_is_not_sdxl(kit: Kit):
+    kit.load_unet(kit.sd15_model.model.diffusion_model.state_dict(), recipe=PRESET)
+
+
+@message(r"expected a recipe for stable-diffusion-xl-v1-base, got sid-demo-digits")
+def recipe_of_another_architecture(kit: Kit):
+    kit.load_unet(says=replace(kit.recipe, architecture="sid-demo-digits"))
+
+
+@message(r"file.safetensors: sid.timesteps: .* disagree with t_init 625")
+def recipe_that_contradicts_itself(kit: Kit):
+    kit.load_unet(says=kit.recipe, changes={"sid.timesteps": "625,468,300,156"})
+
+
+@message(r"sid.format_version: expected at most 1, got 2: update ComfyUI-SiD")
+def recipe_of_a_newer_version(kit: Kit):
+    kit.load_unet(says=kit.recipe, changes={"sid.format_version": "2"})
+
+
+@message(r"its recipe says prediction type v_prediction, but ComfyUI loaded the model as epsilon")
+def recipe_of_another_prediction_type(kit: Kit):
+    kit.load_unet(says=replace(kit.recipe, prediction_type="v_prediction"))
+
+
+@message(r"its recipe says zero terminal SNR is true, but ComfyUI loaded the model with false")
+def recipe_of_another_noise_schedule(kit: Kit):
+    kit.load_unet(says=replace(kit.recipe, zero_terminal_snr=True))
+
+
+@message(r"none of its \d+ modules match; the first is 'base_model.model.*convert peft or diffusers files first")
+def lora_with_names_that_comfyui_does_not_read(kit: Kit):
+    kit.load_lora({k.replace("lora_unet_", "base_model.model."): v for k, v in kit.lora.items()})
+
+
+@message(r"1 of its \d+ modules match nothing in this model: lora_unet_elsewhere.*Set 'allow_partial'")
+def lora_that_matches_in_part(kit: Kit):
+    extra = {f"lora_unet_elsewhere.lora_{way}.weight": torch.ones(4, 4) for way in ("up", "down")}
+    kit.load_lora(kit.lora | extra)
+
+
+@message(r"its recipe says prediction type v_prediction, but ComfyUI loaded the model as epsilon")
+def lora_for_another_prediction_type(kit: Kit):
+    kit.load_lora(kit.lora, prediction_type="v_prediction")
+
+
+@message(r"lora.safetensors: expected an SDXL model, got BaseModel")
+def lora_on_a_model_that_is_not_sdxl(kit: Kit):
+    kit.load_lora(kit.lora, kit.sd15_model)
+
+
+@message(r"expected a LoRA for this SDXL model, but none of its \d+ modules match")
+def checkpoint_as_a_lora(kit: Kit):
+    kit.load_lora(kit.tensors)
+
+
+# -- connections -------------------------------------------------------------------------------------------------
+
+
+def patched(kit: Kit, kind: str):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingSD3
+
+    return (
+        ModelSamplingSD3().patch(kit.model, 3.0)[0]
+        if kind == "flow"
+        else ModelSamplingDiscrete().patch(kit.model, "lcm", False)[0]
+    )
+
+
+@message(r"expected SDXL's 1,000 discrete timesteps .* got ModelSamplingDiscreteFlow \+ CONST.*remove ModelSampling")
+def flow_matching_model(kit: Kit):
+    kit.sample(model=patched(kit, "flow"))
+
+
+@message(r"expected SDXL's 1,000 discrete timesteps .* got ModelSamplingDiscreteFlow \+ CONST")
+def flow_matching_model_in_a_custom_sampler(kit: Kit):
+    kit.sample_custom(patched(kit, "flow"), [1.0, 0.0])
+
+
+@message(r"expected SDXL's 1,000 discrete timesteps .* got ModelSamplingDiscreteDistilled \+ LCM")
+def lcm_patch(kit: Kit):
+    kit.sample(model=patched(kit, "lcm"))
+
+
+@message(r"model: expected an SDXL model, got BaseModel")
+def model_that_is_not_sdxl(kit: Kit):
+    kit.sample(model=kit.sd15_model, recipe=None)
+
+
+@message(r"its recipe says prediction type v_prediction, but ComfyUI loaded the model as epsilon")
+def recipe_of_another_model(kit: Kit):
+    kit.sample(recipe=replace(kit.recipe, prediction_type="v_prediction"))
+
+
+@message(r"positive: expected a prompt encoded by SDXL's text encoders .* got 768 wide, pooled 768")
+def prompt_of_another_text_encoder(kit: Kit):
+    kit.sample(positive=conditioning(1, width=768, pooled=768))
+
+
+@message(r"negative: expected a prompt encoded by SDXL's text encoders .* got 2048 wide, pooled missing")
+def prompt_without_a_pooled_vector(kit: Kit):
+    kit.sample(negative=[[conditioning(1)[0][0], {}]], guidance="cfg")
+
+
+@message(r"latent_image: expected an SDXL latent .* got 1x16x16x16. Use Empty Latent Image")
+def latent_of_another_model(kit: Kit):
+    kit.sample(latent_image={"samples": torch.ones(1, 16, 16, 16)})
+
+
+@message(r"latent_image: expected an SDXL latent .* got 1x4x1x16x16")
+def latent_of_a_video(kit: Kit):
+    kit.sample(latent_image={"samples": torch.zeros(1, 4, 1, 16, 16)})
+
+
+NO_NEGATIVE = (
+    r"': expected a negative prompt, but 'negative' is not connected. Connect one .* or set guidance to 'none'"
+)
+
+
+@message(r"guidance 'nag" + NO_NEGATIVE)
+def nag_without_a_negative_prompt(kit: Kit):
+    kit.sample(guidance="nag")
+
+
+@message(r"guidance 'cfg" + NO_NEGATIVE)
+def cfg_without_a_negative_prompt(kit: Kit):
+    kit.sample(guidance="cfg")
+
+
+@message(r"guidance 'cfg first step only" + NO_NEGATIVE)
+def first_step_cfg_without_a_negative_prompt(kit: Kit):
+    kit.sample(guidance="cfg first step only")
+
+
+@message(r"guidance 'cfg" + NO_NEGATIVE)
+def recipe_that_wants_a_negative_prompt(kit: Kit):
+    kit.sample(recipe=replace(kit.recipe, sampling_guidance="cfg"))
+
+
+@message(r"guidance 'nag': expected one negative prompt, got 2 parts. Join them with Conditioning \(Concat\)")
+def several_negative_prompts_for_nag(kit: Kit):
+    kit.sample(guidance="nag", negative=conditioning(2) + conditioning(3))
+
+
+@message(r"guidance 'nag': expected a negative prompt for the whole picture .* got one with area. Use guidance 'cfg'")
+def negative_prompt_with_an_area_for_nag(kit: Kit):
+    ((text, extra),) = conditioning(2)
+    kit.sample(guidance="nag", negative=[[text, extra | {"area": (8, 8, 0, 0)}]])
+
+
+@message(r"another node .* already replaces this model's cross attention. Use guidance 'cfg' or 'none'")
+def nag_on_a_model_with_replaced_attention(kit: Kit):
+    replaced = kit.model.clone()
+    replaced.set_model_attn2_replace(lambda q, k, v, extra: q, "middle", 0)
+    kit.sample(model=replaced, guidance="nag", negative=conditioning(2))
+
+
+@message(r"sigmas: expected to end in 0, got 1. .* use 'denoise' of SiD Scheduler")
+def split_sigmas(kit: Kit):
+    kit.sample_custom(kit.model, [2.0, 1.0])
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+
+@message(r"recipe: expected one of from the file, SiD 625 .* got 'x'")
+def unknown_preset(kit: Kit):
+    kit.load_unet(recipe="x")
+
+
+@message(r"weight_dtype: expected one of default, .* got 'int3'")
+def unknown_weight_dtype(kit: Kit):
+    kit.load_unet(weight_dtype="int3")
+
+
+@message(r"guidance: expected one of auto, none, .* got 'x'")
+def unknown_guidance(kit: Kit):
+    kit.sample(guidance="x")
+
+
+@message(r"noise_mode: expected one of from the recipe, fresh, .* got 'x'")
+def unknown_noise_mode(kit: Kit):
+    kit.sample(noise_mode="x")
+
+
+@message(r"steps: expected 1 to 8, got 9")
+def too_many_steps(kit: Kit):
+    kit.sample(steps=9)
+
+
+@message(r"denoise: expected more than 0 and at most 1, got 0")
+def no_denoising(kit: Kit):
+    kit.sample(denoise=0.0)
+
+
+@message(r"denoise: expected 1 with one step, got 0.5. .*use denoise 1, or more steps")
+def image_to_image_in_one_step(kit: Kit):
+    kit.sample(denoise=0.5, steps=1)
+
+
+@message(r"start: expected one of auto, noise, latent, got 'x'")
+def unknown_start(kit: Kit):
+    run(kit.nodes["SiDSamplerSelect"], recipe=kit.recipe, start="x")
+
+
+@message(r"recipe: expected a connected recipe or a preset, got neither")
+def override_of_nothing(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"])
+
+
+@message(r"preset: expected one of keep, .* got 'x'")
+def override_with_an_unknown_preset(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"], preset="x")
+
+
+@message(r"timesteps: expected integers such as '625 468 312 156', got 'a b'")
+def timesteps_that_are_no_numbers(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"], recipe=kit.recipe, timesteps="a b")
+
+
+@message(r"timesteps: expected 1 to 8 integers that fall, between 999 and 0, got \[100, 200\]")
+def timesteps_that_rise(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"], recipe=kit.recipe, timesteps="100 200")
+
+
+@message(r"noise_mode: expected one of keep, .* got 'x'")
+def override_with_an_unknown_noise_mode(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"], recipe=kit.recipe, noise_mode="x")
+
+
+@message(r"strategy: expected one of none, lsg, .* got 'x'")
+def unknown_strategy(kit: Kit):
+    run(kit.nodes["SiDDistillationGuidance"], strategy="x")
+
+
+@message(r"prompts: expected prompts, one a line, or the path of a file of them; got nothing")
+def training_without_prompts(kit: Kit):
+    kit.write_recipe(prompts=" \n")
+
+
+@message(r"prompts: expected a file or folder of prompts; there is nothing at '/nowhere/p.txt'")
+def training_on_a_missing_file(kit: Kit):
+    kit.write_recipe(prompts="/nowhere/p.txt")
+
+
+@message(r"pairs: expected a folder of image-text pairs, or nothing; there is nothing at '/nowhere'")
+def training_on_missing_pairs(kit: Kit):
+    kit.write_recipe(pairs="/nowhere")
+
+
+@message(r"name: expected letters, digits, .* got '../x'")
+def training_under_a_name_that_is_a_path(kit: Kit):
+    kit.write_recipe(name="../x")
+
+
+@message(r"steps: expected 1 to 8, got 9")
+def training_for_too_many_steps(kit: Kit):
+    kit.write_recipe(steps=9)
+
+
+@message(r"guidance: expected none, lsg=SCALE, .* got 'nonsense'")
+def training_under_an_unknown_strategy(kit: Kit):
+    kit.write_recipe(strategy="nonsense")
+
+
+@message(r"base: expected one of sdxl-.* got 'x'")
+def training_on_an_unknown_base(kit: Kit):
+    kit.write_recipe(base="x")
+
+
+@pytest.fixture(scope="module")
+def sd15_model(pack):
+    import comfy.sd
+    from small_models import sd15_unet_tensors
+
+    return comfy.sd.load_diffusion_model_state_dict(sd15_unet_tensors())
+
+
+@pytest.mark.parametrize(("mistake", "text"), MISTAKES)
+def test_message(nodes, put, model, sd15_model, recipes, tensors, lora, folders, tmp_path, monkeypatch, mistake, text):
+    monkeypatch.setattr(folders, "get_output_directory", lambda: str(tmp_path))
+    kit = Kit(nodes, put, model, sd15_model, recipes.SiDRecipe(), tensors, lora, tmp_path)
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=text):  # ComfyUI raises all three
+        mistake(kit)
