@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,23 +54,6 @@ class TestDiffusionModel:
         v_pred, ztsnr = {"v_pred": torch.zeros(0)}, {"ztsnr": torch.zeros(0)}
         right = put("diffusion_models", "right.safetensors", tensors | v_pred | ztsnr, recipe.to_metadata())
         assert run(nodes["SiDDiffusionModelLoader"], unet_name=right)[1] == recipe
-
-    def test_models_loaded_one_after_the_other_are_freed(self, nodes, put, tensors, recipes):
-        import comfy.model_management
-        import psutil
-
-        name = put("diffusion_models", "mine.safetensors", tensors, recipes.SiDRecipe().to_metadata())
-        resident = []
-        for seed in range(8):
-            model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
-            inputs = {"positive": conditioning(1), "latent_image": empty_latent(), "recipe": recipe, "seed": seed}
-            run(nodes["SiDFewStepSampler"], model=model, **inputs)
-            del model
-            gc.collect()
-            comfy.model_management.cleanup_models()
-            resident.append(psutil.Process().memory_info().rss)
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        assert resident[-1] - resident[3] < size
 
 
 class TestLoRA:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -83,6 +84,20 @@ def test_every_node_has_a_help_page_and_tooltips(server):
 
 def test_workflows_are_templates(server):
     assert sorted(server.get("/workflow_templates")["ComfyUI-SiD"]) == NAMES
+
+
+def test_checkpoints_loaded_one_after_the_other_do_not_leak(server):
+    """Two names of one file, so that each prompt loads anew: what stays grows by less than half a checkpoint."""
+    prompt = api("text_to_image")
+    (loader,) = (content for content in prompt.values() if content["class_type"] == "SiDCheckpointLoader")
+    names = ["sd_xl_base_1.0.safetensors", "sdxl-sid-4step.safetensors"]
+    resident = []
+    for turn in range(5):
+        loader["inputs"]["ckpt_name"] = names[turn % 2]
+        server.run(prompt)
+        resident.append(psutil.Process(server.process.pid).memory_info().rss)
+    size = (server.base / "models" / "checkpoints" / names[0]).stat().st_size
+    assert resident[-1] - resident[1] < size / 2, [f"{r / 2**20:.0f} MiB" for r in resident]
 
 
 def test_interrupt_stops_within_a_step(server):
