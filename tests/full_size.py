@@ -29,38 +29,12 @@ GIB = 2**30
 
 def write_model(path: Path) -> None:
     """Weights of a trained network's size, made one tensor at a time."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     from sid_train.models.sdxl import CLIP_G, CLIP_L, UNET, VAE
+    from sid_train.models.sdxl_base import sdxl_text_encoders, sdxl_unet, sdxl_vae
     from sid_train.models.sdxl_keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
     from sid_train.tensors import LazyTensor, write_tensors
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        clip_l = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        )
-        sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-        clip_g = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=1280))
+    unet, vae, (clip_l, clip_g) = sdxl_unet(), sdxl_vae(), sdxl_text_encoders()
 
     def random(name: str, like: torch.Tensor) -> LazyTensor:
         def make() -> torch.Tensor:
