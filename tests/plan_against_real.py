@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

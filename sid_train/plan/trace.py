@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ Device = Literal["cuda", "cpu"]
 Role = Literal["teacher", "fake score", "generator", "EMA"]
 
 # What memory is for; parameters, gradients, optimizer states and activations come once a role.
-INPUTS, BACKWARD, OPTIMIZER_STEP, VAE = "inputs", "backward pass", "optimizer step", "VAE"
+INPUTS, BACKWARD, OPTIMIZER_STEP = "inputs", "backward pass", "optimizer step"
+VAE_WEIGHTS, VAE_ACTIVATIONS = "VAE: weights", "VAE: activations"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class _Run:
         compute_dtype: torch.dtype | None,
     ):
         self.architecture, self.config, self.micro_batch, self.device = architecture, config, micro_batch, device
+        self.denoiser = copy.deepcopy(architecture.denoiser)  # which becomes a network of the run
         self.tracker = Tracker()
         self.phase = ""
         self.phases: dict[str, tuple[int, int]] = {}
@@ -106,7 +109,7 @@ class _Run:
         config = self.config
         with torch.device("meta"):  # new adapters, too, take no memory
             networks = build_networks(
-                self.architecture.denoiser,
+                self.denoiser,
                 None,
                 config.adapter,
                 config.model.frozen_dtype,
@@ -123,12 +126,12 @@ class _Run:
             parameters = self._place_networks()
             self._watch_calls()
             if self.device == "cuda":
-                normalise_as_cuda(self.architecture.denoiser, *vars(networks).values())
+                normalise_as_cuda(self.denoiser, *vars(networks).values())
             distiller = Distiller(
                 networks.generator,
                 networks.fake_score,
                 networks.teacher,
-                self.architecture.denoiser.schedule,
+                self.denoiser.schedule,
                 self._conditioning(1),
                 self.architecture.latent_shape,
                 config.method,
@@ -154,8 +157,7 @@ class _Run:
             self._update("fake score", networks.fake_score, optimizers["fake score"], fake_score_loss)
             self._update("generator", networks.generator, optimizers["generator"], generator_loss)
             ema.update(networks.generator, config.training.batch_size, config.training.batch_size)
-            if config.training.grid_every:
-                self._grid()
+            self._pictures()
         return Trace(
             self.tracker.labels,
             np.array(self.tracker.events, dtype=np.int64),
@@ -173,30 +175,39 @@ class _Run:
     # -- networks ------------------------------------------------------------------------------------------------
 
     def _place_networks(self) -> dict[Role, int]:
-        """Gives every parameter memory; returns their number by role. A role's own parameters are its adapter's."""
-        made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # the old tensor is kept: its id must stay its own
-        counts: dict[Role, int] = {}
-        # The UNet under adapters is in none of the networks, and the teacher's.
-        teacher = self.architecture.denoiser
-        for role, network in (*self._roles(), ("teacher", teacher)):
-            with self._labelled(f"{role}: weights"):
-                for module in network.modules():
-                    for name, old in module._parameters.items():
-                        if old is not None and old.is_meta and id(old) not in made:
-                            made[id(old)] = (old, nn.Parameter(self.tracker.empty(old), old.requires_grad))
-                            counts[role] = counts.get(role, 0) + old.numel()
-                        if old is not None and id(old) in made:
-                            module._parameters[name] = made[id(old)][1]
+        """Gives every parameter memory; returns their number by role. A role's own are those of its adapter."""
+        placed: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        # The UNet under adapters is in none of the networks: it is the teacher's.
+        counts = {role: self._place(network, f"{role}: weights", placed) for role, network in self._roles()}
+        counts["teacher"] += self._place(self.denoiser, "teacher: weights", placed)
         for role, network in self._roles():
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p, role=role: self.tracker.relabel([p.grad], f"{role}: gradients")
-                ) if parameter.requires_grad else None
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p, role=role: self.tracker.relabel([p.grad], f"{role}: gradients")
+                    )
         return counts
+
+    def _place(self, network: nn.Module, label: str, placed: dict[int, tuple[Tensor, nn.Parameter]]) -> int:
+        """Replaces parameters on the meta device, those that modules share by the same one; returns the new ones'
+        number of elements. ``placed``: id of the old -> the old (so that the id stays its own) and the new.
+        """
+        count = 0
+        with self._labelled(label):
+            for module in network.modules():
+                for name, old in module._parameters.items():
+                    if old is None or not old.is_meta:
+                        continue
+                    if id(old) not in placed:
+                        placed[id(old)] = (old, nn.Parameter(self.tracker.empty(old), old.requires_grad))
+                        count += old.numel()
+                    module._parameters[name] = placed[id(old)][1]
+        return count
 
     def _roles(self) -> list[tuple[Role, nn.Module]]:
         n = self.networks
-        return [("fake score", n.fake_score), ("generator", n.generator), ("EMA", n.generator_ema), ("teacher", n.teacher)]
+        trained = [("fake score", n.fake_score), ("generator", n.generator)]
+        return [*trained, ("EMA", n.generator_ema), ("teacher", n.teacher)]
 
     def _watch_calls(self) -> None:
         """Labels what a network's call allocates, and keeps a list of calls."""
@@ -276,21 +287,27 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _grid(self) -> None:
-        """The pictures that a run shows of itself: sampled all at once, and decoded one by one."""
-        latents = self._tensor(Grids.PICTURES, *self.architecture.latent_shape)
-        with self._phase("grid: sampling"):
-            self.networks.generator_ema(latents, torch.ones(len(latents)), self._conditioning(len(latents)))
-        vae = self.architecture.vae
-        if vae is None:
+    def _pictures(self) -> None:
+        """What the run shows of itself, and its pairs where they are encoded when they are drawn."""
+        data, channels = self.config.data, self.architecture.latent_shape[0]
+        encodes, shows = bool(data.pairs and not data.cache), bool(self.config.training.grid_every)
+        if shows:
+            latents = self._tensor(Grids.AT_ONCE, *self.architecture.latent_shape)
+            cond = self._conditioning(len(latents))
+            with self._phase("pictures: sampling"):
+                self.networks.generator_ema(latents, torch.ones(len(latents)), cond)
+        if self.architecture.vae is None or not (encodes or shows):
             return
-        with self._labelled(VAE):
-            for module in vae.modules():
-                for name, old in module._parameters.items():
-                    if old is not None:
-                        module._parameters[name] = nn.Parameter(self.tracker.empty(old), requires_grad=False)
-            with self._phase("grid: decoding"):
-                vae.decode(latents[:1], return_dict=False)
+        vae = copy.deepcopy(self.architecture.vae)
+        self._place(vae, VAE_WEIGHTS, {})
+        height, width = self.architecture.latent_shape[1:]
+        with self._labelled(VAE_ACTIVATIONS):
+            if shows:
+                with self._phase("pictures: decoding"):
+                    vae.decode(self._tensor(1, channels, height, width), return_dict=False)
+            if encodes:
+                with self._phase("pairs: encoding"):
+                    vae.encode(self._tensor(1, 3, 8 * height, 8 * width), return_dict=False)
 
     @contextmanager
     def _labelled(self, label: str) -> Iterator[None]:
