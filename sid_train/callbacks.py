@@ -85,6 +85,8 @@ class Grids(Callback):
 
     PICTURES = 32
     COLUMNS = 8
+    AT_ONCE = 4
+    """Pictures in one network call: all of them would take more memory than training with gradient checkpointing."""
 
     def __init__(self, every: int, seed: int = 0):
         self.every, self.seed = every, seed
@@ -98,7 +100,12 @@ class Grids(Callback):
         if trainer.iteration % self.every:
             return
         latents = sample_latents(
-            trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.seed
+            trainer.ema.average,
+            self.cond,
+            trainer.bundle.latent_shape,
+            trainer.recipe(),
+            self.seed,
+            batch_size=self.AT_ONCE,
         )
         grid = image_grid(trainer.bundle.codec.decode(latents.cpu()), columns=self.COLUMNS)
         with replacing(trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png") as temporary:

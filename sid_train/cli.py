@@ -11,6 +11,7 @@ from typing import NoReturn
 from .errors import Interrupted, NonFiniteError
 
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,6 +34,7 @@ def distill(args: argparse.Namespace) -> None:
     from .config import load_config
     from .dry_run import dry_run
     from .export import export_any
+    from .plan.command import refuse_what_cannot_fit
     from .trainer import Trainer
 
     config = load_config(args.config, args.set)
@@ -40,6 +42,8 @@ def distill(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(dry_run(config, args.out))
         return
+    if not args.force:
+        refuse_what_cannot_fit(config)
     every = config.training.grid_every
     trainer = Trainer(config, args.out, [Grids(every)] if every else [])
     trainer.run()
@@ -48,6 +52,12 @@ def distill(args: argparse.Namespace) -> None:
         export_any(args.out, file)
         base = f" --base {config.model.teacher}" if config.adapter.rank and config.model.teacher != "demo" else ""
         print(f"Exported {file}. Sample it: python -m sid_train sample {file}{base} --prompt ...")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from .plan.command import plan_command
+
+    plan_command(args)
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -139,12 +149,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--full", action="store_true", help="compute the teacher's and the real rows anew (10 minutes)")
 
     sub = command(distill, "distil a teacher with a recipe; the same command continues an interrupted run")
-    sub.add_argument(
-        "--config", required=True, help="a TOML file, or the name of a recipe that ships (demo, demo-1step)"
-    )
+    shipped = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    sub.add_argument("--config", required=True, help=f"a TOML file, or a recipe that ships: {shipped}")
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
     sub.add_argument("--out", type=Path, required=True, help="the run's folder")
     sub.add_argument("--dry-run", action="store_true", help="read and check everything; train and write nothing")
+    sub.add_argument("--force", action="store_true", help="start although plan says that GPU memory does not suffice")
+
+    sub = command(plan, "say what a run needs: memory of each GPU, network calls, FLOPs, disk, time; no GPU needed")
+    sub.add_argument("--config", help=f"a TOML file, or a recipe that ships: {shipped}")
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    sub.add_argument("--gpus", type=int, help="how many (default: those of this machine)")
+    sub.add_argument("--gpu-memory", type=float, help="GiB of each, such as 24 or 80 (default: this machine's)")
+    sub.add_argument("--reserve", type=float, default=2, help="GiB left free for what is not counted (default: 2)")
+    sub.add_argument("--sharding", choices=["none", "full"], help="default: the configuration's")
+    speed = sub.add_mutually_exclusive_group()
+    speed.add_argument("--tflops", type=float, help="what one GPU sustains, for the time")
+    speed.add_argument("--seconds-per-forward", type=float, help="of one picture, as you measured it, for the time")
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("--table", type=Path, metavar="FILE", help="instead: write the table of all recipes into FILE")
 
     sub = command(encode, "encode prompts and pairs once, for runs without a text encoder; continues after a stop")
     sub.add_argument("--config", required=True, help="the configuration of the run that will read them")

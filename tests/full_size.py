@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -29,38 +30,12 @@ GIB = 2**30
 
 def write_model(path: Path, width: int = 320) -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     from sid_train.models.sdxl import CLIP_G, CLIP_L, UNET, VAE
+    from sid_train.models.sdxl_base import sdxl_text_encoders, sdxl_unet, sdxl_vae
     from sid_train.models.sdxl_keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
     from sid_train.tensors import LazyTensor, write_tensors
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(width, 2 * width, 4 * width),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(width // 64, 2 * width // 64, 4 * width // 64),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        clip_l = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        )
-        sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-        clip_g = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, projection_dim=1280))
+    unet, vae, (clip_l, clip_g) = sdxl_unet(width), sdxl_vae(), sdxl_text_encoders()
 
     def random(name: str, like: torch.Tensor) -> LazyTensor:
         def make() -> torch.Tensor:
@@ -92,7 +67,9 @@ def run(report: Path, step: str, *command: object) -> None:
     """A command in a process of its own, and what it cost."""
     print("+", *command, flush=True)
     begin = time.monotonic()
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+    # glibc would otherwise keep what is freed in blocks below 32 MB, gigabytes of it here.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=environment)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # of the largest child until now
     entry = {"step": step, "seconds": round(time.monotonic() - begin), "peak_gib": round(peak, 2)}
     print(json.dumps(entry), flush=True)

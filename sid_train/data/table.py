@@ -101,8 +101,9 @@ def load_prompt_table(
     """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used."""
     prompts = load_prompts(data.prompts, report=rank == 0)
     if not data.cache:
-        without_text = bundle.unconditional(unconditional)  # before the prompts, after which the text encoders may go
-        return PromptTable(prompts, LiveRows(prompts, bundle.conditioner), without_text, device, rank, world)
+        no_text = bundle.unconditional(unconditional)  # first: LiveRows frees the text encoders when it is done
+        encoded = LiveRows(prompts, bundle.conditioner)
+        return PromptTable(prompts, encoded, no_text, device, rank, world)
     from .cache import Cache, model_facts, prompt_facts
 
     cache = Cache(Path(data.cache))

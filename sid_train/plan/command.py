@@ -1,0 +1,71 @@
+"""``sid_train plan``, and the same check before ``distill``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+
+import torch
+
+from ..config import Config, load_config
+from .estimate import GIB, Hardware, Plan, make_planner, sharding_of
+from .report import describe, describe_changes, fit_table, run_seconds, write_table
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Prints what the options of ``plan`` ask for."""
+    if args.table:
+        write_table(args.table, fit_table(args.reserve, progress=True))
+        return
+    if args.config is None:
+        raise ValueError("--config: expected a recipe or a .toml file")
+    config, hardware = load_config(args.config, args.set), find_hardware(args.gpus, args.gpu_memory, args.reserve)
+    for name, value in (("--tflops", args.tflops), ("--seconds-per-forward", args.seconds_per_forward)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected more than 0, got {value:g}")
+    sharding = args.sharding or sharding_of(config)
+    planner = make_planner(config, progress=True)
+    result = planner.plan(config, hardware, sharding)
+    speed = _flops_per_second(result, args.tflops, args.seconds_per_forward)
+    changes = [] if result.fits else planner.changes_that_fit(config, hardware, sharding)
+    if args.json:
+        seconds = run_seconds(result, speed) if speed else None
+        facts = dataclasses.asdict(result) | {"changes": [dataclasses.asdict(c) for c in changes], "seconds": seconds}
+        print(json.dumps(facts, indent=2))
+        return
+    print(describe(result, config, hardware, speed))
+    if not result.fits:
+        print(describe_changes(changes))
+
+
+def _flops_per_second(plan: Plan, tflops: float | None, seconds_per_forward: float | None) -> float | None:
+    if tflops is not None:
+        return tflops * 1e12
+    return None if seconds_per_forward is None else plan.forward_flops / seconds_per_forward
+
+
+def find_hardware(gpus: int | None, memory: float | None, reserve: float) -> Hardware:
+    """What was asked for; what was not is this machine's."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if memory is None:
+        if not found:
+            raise ValueError("--gpu-memory: expected the GiB of a GPU, since there is no CUDA device here to ask")
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(found)) / GIB
+    return Hardware(gpus or found or 1, memory, reserve)
+
+
+def refuse_what_cannot_fit(config: Config) -> None:
+    """Before a run on CUDA devices: ValueError if it needs more memory than they have. Nothing is kept free here:
+    what is refused is what cannot run.
+    """
+    if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0" or config.model.teacher == "demo":
+        return
+    hardware = find_hardware(int(os.environ.get("WORLD_SIZE", "1")), None, 0)
+    result = make_planner(config, progress=True).plan(config, hardware, sharding_of(config))
+    if not result.fits:
+        raise ValueError(
+            f"this run needs {result.peak / GIB:.1f} GiB on each GPU, which has {hardware.memory:.1f}. Run python -m "
+            "sid_train plan with the same --config and --set, which says what would fit, or go on with --force"
+        )

@@ -1,0 +1,333 @@
+"""One iteration of a run, traced: the real networks, losses and backward passes, without data and without a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..callbacks import Grids
+from ..config import Config, OptimizerConfig
+from ..distiller import Distiller, RealBatch
+from ..ema import EMA
+from ..models.conditioning import Conditioning
+from ..models.networks import Networks, build_networks
+from .architecture import Architecture
+from .tracker import Tracker, normalise_as_cuda
+
+Device = Literal["cuda", "cpu"]
+Role = Literal["teacher", "fake score", "generator", "EMA"]
+
+# What memory is for; parameters, gradients, optimizer states and activations come once a role.
+INPUTS, BACKWARD, OPTIMIZER_STEP = "inputs", "backward pass", "optimizer step"
+VAE_WEIGHTS, VAE_ACTIVATIONS = "VAE: weights", "VAE: activations"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network."""
+
+    phase: str
+    role: Role
+    pictures: int
+    encoder_only: bool
+    with_gradient: bool
+    flops: int
+
+
+@dataclass
+class Trace:
+    """What happened in one micro-batch (two, where gradients are accumulated) of every part of an iteration.
+
+    labels, events: as ``Tracker`` recorded them, ``events`` as an array [n, 2]
+    phases: name -> its first event and the one after its last
+    flops: FLOPs of a phase in one micro-batch, phases that update a network only
+    """
+
+    labels: list[str]
+    events: np.ndarray
+    phases: dict[str, tuple[int, int]]
+    calls: list[Call]
+    flops: dict[str, int]
+    parameters: dict[Role, int]
+    micro_batch: int
+    trained_shapes: dict[Role, list[int]] = field(default_factory=dict)
+    """The number of elements of every parameter that is trained."""
+
+    def live(self, factors: dict[str, float] | None = None) -> np.ndarray:
+        """Bytes after each event, each label's weighed by its factor (1 where there is none)."""
+        weights = np.array([(factors or {}).get(label, 1.0) for label in self.labels])
+        return np.cumsum(weights[self.events[:, 0]] * self.events[:, 1])
+
+    def breakdown(self, event: int) -> dict[str, int]:
+        """Bytes by label after one event."""
+        part = self.events[: event + 1]
+        sums = np.bincount(part[:, 0], weights=part[:, 1].astype(np.float64), minlength=len(self.labels))
+        return {label: int(size) for label, size in zip(self.labels, sums, strict=True)}
+
+
+def trace_iteration(
+    architecture: Architecture,
+    config: Config,
+    micro_batch: int,
+    device: Device = "cuda",
+    compute_dtype: torch.dtype | None = None,
+) -> Trace:
+    """Traces an iteration of ``config`` with ``micro_batch`` pictures a pass, as ``device`` would run it.
+
+    compute_dtype: of networks that are sharded: these gather their weights in it and are not autocast
+    """
+    return _Run(architecture, config, micro_batch, device, compute_dtype).trace()
+
+
+class _Run:
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Config,
+        micro_batch: int,
+        device: Device,
+        compute_dtype: torch.dtype | None,
+    ):
+        self.architecture, self.config, self.micro_batch, self.device = architecture, config, micro_batch, device
+        self.denoiser = copy.deepcopy(architecture.denoiser)  # which becomes a network of the run
+        self.tracker = Tracker()
+        self.phase = ""
+        self.phases: dict[str, tuple[int, int]] = {}
+        self.calls: list[Call] = []
+        self.flops: dict[str, int] = {}
+        self.networks = self._build(compute_dtype)
+        self.autocast = config.training.mixed_precision == "bf16" and compute_dtype is None
+
+    def _build(self, compute_dtype: torch.dtype | None) -> Networks:
+        config = self.config
+        with torch.device("meta"):  # new adapters, too, take no memory
+            networks = build_networks(
+                self.denoiser,
+                None,
+                config.adapter,
+                config.model.frozen_dtype,
+                config.training.gradient_checkpointing,
+            )
+            if compute_dtype is not None:
+                for network in vars(networks).values():
+                    network.to(compute_dtype)
+        return networks
+
+    def trace(self) -> Trace:
+        config, networks = self.config, self.networks
+        with self.tracker:
+            parameters = self._place_networks()
+            self._watch_calls()
+            if self.device == "cuda":
+                normalise_as_cuda(self.denoiser, *vars(networks).values())
+            distiller = Distiller(
+                networks.generator,
+                networks.fake_score,
+                networks.teacher,
+                self.denoiser.schedule,
+                self._conditioning(1),
+                self.architecture.latent_shape,
+                config.method,
+                config.gan,
+            )
+            # Every earlier step runs without gradient and leaves nothing behind: one of them is enough.
+            step = config.method.steps if config.method.matching == "final" else min(config.method.steps, 2)
+            rng = torch.Generator()
+            adversarial = config.gan.enabled
+            optimizers = {role: self._optimizer(role) for role in ("fake score", "generator")}
+
+            def fake_score_loss() -> dict[str, Tensor]:
+                cond, real = self._conditioning(), self._real() if adversarial else None
+                with self._autocast():
+                    return distiller.fake_score_loss(cond, step, rng, real)
+
+            def generator_loss() -> dict[str, Tensor]:
+                cond = self._conditioning()
+                with self._autocast():
+                    return distiller.generator_loss(cond, step, rng, adversarial)
+
+            ema = EMA(networks.generator_ema, config.optimizer.ema_halflife_images, config.optimizer.ema_rampup)
+            self._update("fake score", networks.fake_score, optimizers["fake score"], fake_score_loss)
+            self._update("generator", networks.generator, optimizers["generator"], generator_loss)
+            ema.update(networks.generator, config.training.batch_size, config.training.batch_size)
+            self._pictures()
+        return Trace(
+            self.tracker.labels,
+            np.array(self.tracker.events, dtype=np.int64),
+            self.phases,
+            self.calls,
+            self.flops,
+            parameters,
+            self.micro_batch,
+            {
+                "fake score": [p.numel() for p in networks.fake_score.parameters()],
+                "generator": [p.numel() for p in networks.generator.parameters()],
+            },
+        )
+
+    # -- networks ------------------------------------------------------------------------------------------------
+
+    def _place_networks(self) -> dict[Role, int]:
+        """Gives every parameter memory; returns their number by role. A role's own are those of its adapter."""
+        placed: dict[int, tuple[Tensor, nn.Parameter]] = {}
+        # The UNet under adapters is in none of the networks: it is the teacher's.
+        counts = {role: self._place(network, f"{role}: weights", placed) for role, network in self._roles()}
+        counts["teacher"] += self._place(self.denoiser, "teacher: weights", placed)
+        for role, network in self._roles():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p, role=role: self.tracker.relabel([p.grad], f"{role}: gradients")
+                    )
+        return counts
+
+    def _place(self, network: nn.Module, label: str, placed: dict[int, tuple[Tensor, nn.Parameter]]) -> int:
+        """Replaces parameters on the meta device, those that modules share by the same one; returns the new ones'
+        number of elements. ``placed``: id of the old -> the old (so that the id stays its own) and the new.
+        """
+        count = 0
+        with self._labelled(label):
+            for module in network.modules():
+                for name, old in module._parameters.items():
+                    if old is None or not old.is_meta:
+                        continue
+                    if id(old) not in placed:
+                        placed[id(old)] = (old, nn.Parameter(self.tracker.empty(old), old.requires_grad))
+                        count += old.numel()
+                    module._parameters[name] = placed[id(old)][1]
+        return count
+
+    def _roles(self) -> list[tuple[Role, nn.Module]]:
+        n = self.networks
+        trained = [("fake score", n.fake_score), ("generator", n.generator)]
+        return [*trained, ("EMA", n.generator_ema), ("teacher", n.teacher)]
+
+    def _watch_calls(self) -> None:
+        """Labels what a network's call allocates, and keeps a list of calls."""
+        for role, network in self._roles():
+            before: list[Any] = []
+
+            def enter(module: nn.Module, args: tuple, role: Role = role, before: list[Any] = before) -> None:
+                before[:] = self.tracker.label, self.tracker.flops
+                self.tracker.label = f"{role}: activations"
+
+            def leave(
+                module: nn.Module, args: tuple, kwargs: dict, out: Any, role: Role = role, before: list[Any] = before
+            ) -> None:
+                self.tracker.label, flops = before
+                call = (self.phase, role, len(args[0]), kwargs.get("output") == "logits", torch.is_grad_enabled())
+                self.calls.append(Call(*call, flops=self.tracker.flops - flops))
+
+            network.register_forward_pre_hook(enter)
+            network.register_forward_hook(leave, with_kwargs=True)
+
+    def _optimizer(self, role: Role) -> torch.optim.Optimizer:
+        """Adam with its states, as it has them after the first step."""
+        network = dict(self._roles())[role]
+        config = self.config.optimizer
+        optimizer = make_adam(config, list(network.parameters()), foreach=self.device == "cuda")
+        with self._labelled(OPTIMIZER_STEP):
+            for parameter in network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        states = [s for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+        self.tracker.relabel(states, f"{role}: optimizer states")
+        return optimizer
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _tensor(self, *shape: int) -> Tensor:
+        with self._labelled(INPUTS):
+            return self.tracker.empty(torch.empty(shape, device="meta"))
+
+    def _conditioning(self, batch: int | None = None) -> Conditioning:
+        batch = batch or self.micro_batch
+        shape = self.architecture
+        return Conditioning(
+            self._tensor(batch, *shape.text_shape), self._tensor(batch, shape.pooled_width), self._tensor(batch, 6)
+        )
+
+    def _real(self) -> RealBatch:
+        return RealBatch(self._tensor(self.micro_batch, *self.architecture.latent_shape), self._conditioning())
+
+    # -- the iteration -------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+
+    def _update(
+        self,
+        role: Role,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compute: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        """As ``Trainer._update``; a third micro-batch would be like the second, whose gradients are added up."""
+        micro_batches = min(self.config.training.accumulate, 2)
+        for _ in range(micro_batches):
+            begin = self.tracker.flops
+            with self._phase(f"{role}: forward"), self._labelled(INPUTS):
+                losses = compute()
+            with self._phase(f"{role}: backward"), self._labelled(BACKWARD):
+                (torch.stack(list(losses.values())).sum() / micro_batches).backward()
+            self.flops[role] = self.tracker.flops - begin
+        with self._phase(f"{role}: optimizer"), self._labelled(OPTIMIZER_STEP):
+            nn.utils.clip_grad_norm_(
+                network.parameters(), self.config.optimizer.clip_norm or float("inf"), foreach=self.device == "cuda"
+            )
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _pictures(self) -> None:
+        """What the run shows of itself, and its pairs where they are encoded when they are drawn."""
+        data, channels = self.config.data, self.architecture.latent_shape[0]
+        encodes, shows = bool(data.pairs and not data.cache), bool(self.config.training.grid_every)
+        if shows:
+            latents = self._tensor(Grids.AT_ONCE, *self.architecture.latent_shape)
+            cond = self._conditioning(len(latents))
+            with self._phase("pictures: sampling"):
+                self.networks.generator_ema(latents, torch.ones(len(latents)), cond)
+        if self.architecture.vae is None or not (encodes or shows):
+            return
+        vae = copy.deepcopy(self.architecture.vae)
+        self._place(vae, VAE_WEIGHTS, {})
+        height, width = self.architecture.latent_shape[1:]
+        with self._labelled(VAE_ACTIVATIONS):
+            if shows:
+                with self._phase("pictures: decoding"):
+                    vae.decode(self._tensor(1, channels, height, width), return_dict=False)
+            if encodes:
+                with self._phase("pairs: encoding"):
+                    vae.encode(self._tensor(1, 3, 8 * height, 8 * width), return_dict=False)
+
+    @contextmanager
+    def _labelled(self, label: str) -> Iterator[None]:
+        before, self.tracker.label = self.tracker.label, label
+        yield
+        self.tracker.label = before
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.phase, begin = name, len(self.tracker.events)
+        yield
+        first = self.phases.get(name, (begin, 0))[0]
+        self.phases[name] = (first, len(self.tracker.events))
+        self.phase = ""
+
+
+def make_adam(config: OptimizerConfig, parameters: list[nn.Parameter], foreach: bool) -> torch.optim.Adam:
+    """The trainer's Adam. ``foreach`` is PyTorch's default on CUDA: one call for all parameters, with temporary copies.
+
+    That of 8-bit Adam cannot run here: ``estimate`` replaces its states.
+    """
+    betas = (float(config.beta1), float(config.beta2))
+    return torch.optim.Adam(parameters, lr=config.generator_lr, betas=betas, eps=config.eps, foreach=foreach)
