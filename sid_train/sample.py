@@ -15,7 +15,11 @@ from .models.conditioning import Conditioning
 from .models.unet import UNetDenoiser
 
 BATCH_ELEMENTS = 256 * 12 * 8 * 8
-"""Latent elements in one network call: 256 of the demo's pictures, three of SDXL's at 1024x1024."""
+
+
+def pictures_at_once(latent_shape: tuple[int, ...]) -> int:
+    """Pictures in one network call: 256 of the demo's, three of SDXL's at 1024x1024."""
+    return max(1, BATCH_ELEMENTS // math.prod(latent_shape))
 
 
 @torch.no_grad()
@@ -30,7 +34,7 @@ def sample_latents(
     """Latents [len(cond), *latent_shape] on the recipe's timesteps, one network call a step."""
     sigmas = ladder_sigmas(denoiser.schedule, recipe.timesteps_for(steps))
     noise = initial_noise((len(cond), *latent_shape), seed).to(cond.text.device)
-    batch_size = max(1, BATCH_ELEMENTS // math.prod(latent_shape))
+    batch_size = pictures_at_once(latent_shape)
     parts = []
     for start in range(0, len(cond), batch_size):
         rows = slice(start, start + batch_size)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..callbacks import Grids
 from ..config import Config, OptimizerConfig
 from ..distiller import Distiller, RealBatch
 from ..ema import EMA
 from ..models.conditioning import Conditioning
 from ..models.networks import Networks, build_networks
+from ..sample import pictures_at_once
 from .architecture import Architecture
 from .tracker import Tracker, normalise_as_cuda
 
@@ -292,7 +292,7 @@ class _Run:
         data, channels = self.config.data, self.architecture.latent_shape[0]
         encodes, shows = bool(data.pairs and not data.cache), bool(self.config.training.grid_every)
         if shows:
-            latents = self._tensor(Grids.AT_ONCE, *self.architecture.latent_shape)
+            latents = self._tensor(pictures_at_once(self.architecture.latent_shape), *self.architecture.latent_shape)
             cond = self._conditioning(len(latents))
             with self._phase("pictures: sampling"):
                 self.networks.generator_ema(latents, torch.ones(len(latents)), cond)
