@@ -40,7 +40,8 @@ def text_config(activation: str, eos: int) -> CLIPTextConfig:
     )
 
 
-def small_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+def small_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet: object) -> StableDiffusionXLPipeline:
+    """``unet``: what is other than in ``UNET_CONFIG``."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = sdxl_tokenizers()
     return StableDiffusionXLPipeline(
@@ -56,7 +57,7 @@ def small_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDif
         text_encoder_2=CLIPTextModelWithProjection(text_config("gelu", 49407)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=UNet2DConditionModel(**UNET_CONFIG),
+        unet=UNet2DConditionModel(**UNET_CONFIG | unet),
         scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
         ),

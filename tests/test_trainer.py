@@ -199,7 +199,7 @@ def test_snapshots_are_the_average_at_that_time(tmp_path):
     assert recipe.training_summary["iterations"] == "2"
     for a, b in zip(early.denoiser.parameters(), last.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such file"):
+    with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such snapshot"):
         load_run_generator(tmp_path / "long", 1)
 
 
