@@ -24,7 +24,9 @@ LOG_FILE = "log.jsonl"
 
 
 class Callback:
-    """Called on the main process only."""
+    """Called on the main process only, or on ``every_rank`` where it uses a network, which may be sharded."""
+
+    every_rank = False
 
     def on_start(self, trainer: Trainer) -> None: ...
 
@@ -85,8 +87,7 @@ class Grids(Callback):
 
     PICTURES = 32
     COLUMNS = 8
-    AT_ONCE = 4
-    """Pictures in one network call: all of them would take more memory than training with gradient checkpointing."""
+    every_rank = True
 
     def __init__(self, every: int, seed: int = 0):
         self.every, self.seed = every, seed
@@ -100,13 +101,10 @@ class Grids(Callback):
         if trainer.iteration % self.every:
             return
         latents = sample_latents(
-            trainer.ema.average,
-            self.cond,
-            trainer.bundle.latent_shape,
-            trainer.recipe(),
-            self.seed,
-            batch_size=self.AT_ONCE,
+            trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.seed
         )
+        if not trainer.accelerator.is_main_process:
+            return
         grid = image_grid(trainer.bundle.codec.decode(latents.cpu()), columns=self.COLUMNS)
         with replacing(trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png") as temporary:
             to_pil(grid).save(temporary, format="PNG")

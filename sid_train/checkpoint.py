@@ -1,57 +1,110 @@
-"""The resumable state of a run: one safetensors file, replaced as a whole. Nothing is pickled."""
+"""The resumable state of a run: tensors by name, and a few facts. Nothing is pickled.
+
+Where one process has all of it, it is one safetensors file. The processes of a sharded run write a folder with
+torch.distributed.checkpoint, in its safetensors form since its own pickles an index: a file each, with the parts that
+the process holds and where they belong. Any number of processes can read it.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import replacing
+from .files import write_text
+from .tensors import LazyTensor, open_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 Facts = dict[str, int | str]
 """Counters and hashes: what a checkpoint knows besides tensors."""
-FORMAT_VERSION = "1"
+Networks = Mapping[str, nn.Module]
+Optimizers = Mapping[str, torch.optim.Optimizer]
+Generators = Mapping[str, torch.Generator]
+FORMAT_VERSION = "2"
+FACTS_FILE = "facts.json"
 
 
-def save_checkpoint(
-    path: Path,
-    networks: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    generator_states: dict[str, list[Tensor]],
-    facts: Facts,
-) -> None:
-    """Writes all of it to ``path``. ``generator_states`` has one state a rank."""
+def _state(networks: Networks, optimizers: Optimizers, generators: Generators) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, network in networks.items():
         tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    for name, states in generator_states.items():
-        tensors |= {f"{name}.{rank}": state for rank, state in enumerate(states)}
-    # Clones, since safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format_version": FORMAT_VERSION, "facts": json.dumps(facts)})
+    return tensors | {name: generator.get_state() for name, generator in generators.items()}
 
 
-def load_checkpoint(
-    path: Path,
-    networks: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    generators: dict[str, tuple[torch.Generator, int, int]],
-) -> Facts:
-    """Puts a checkpoint's state into networks, optimizers and generators; returns its facts.
+# -- writing -------------------------------------------------------------------------------------------------------
 
-    A generator comes with the rank whose state it takes and the number of ranks.
+
+def save_checkpoint(
+    path: Path, networks: Networks, optimizers: Optimizers, generators: Generators, facts: Facts
+) -> None:
+    """Writes all of it to one file, one tensor after another; for one process."""
+    state = _state(networks, optimizers, generators)
+    tensors = {k: LazyTensor(tuple(v.shape), v.dtype, v.detach) for k, v in state.items()}
+    write_tensors(path, tensors, {"format_version": FORMAT_VERSION, "facts": json.dumps(facts)})
+
+
+def save_sharded_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    networks: Networks,
+    optimizers: Optimizers,
+    generators: Generators,
+    facts: Facts,
+) -> None:
+    """Writes all of it to a new folder, which has its name when it is whole; every rank must call it."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    with _checkpoint_errors(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may write a folder as well
+        save(
+            _state(networks, optimizers, generators),
+            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+        )
+    if accelerator.is_main_process:
+        files = len(list(temporary.glob("*.safetensors")))
+        if files != accelerator.num_processes:
+            raise ValueError(
+                f"{temporary}: expected {accelerator.num_processes} files, one a process, found {files}: the run's "
+                "folder must be on a file system that all nodes share"
+            )
+        write_text(temporary / FACTS_FILE, json.dumps({"format_version": FORMAT_VERSION, "facts": facts}) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path, networks: Networks, optimizers: Optimizers, generators: Generators) -> Facts:
+    """Puts a checkpoint's state into networks, optimizers and generators, sharded or whole; returns its facts.
+
+    Every rank must call it. A file goes into whole networks only.
     """
-    with _open(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        facts = _facts(file)
+    facts = read_facts(path)
+    if path.is_dir():
+        tensors = _read_parts(path, networks, optimizers)
+    else:
+        tensors = {name: tensor.load() for name, tensor in open_tensors(path).items()}
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -64,38 +117,98 @@ def load_checkpoint(
             index, _, field = key.partition(".")
             state.setdefault(int(index), {})[field] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, (generator, rank, ranks) in generators.items():
-        states = under(f"{name}.")
-        if len(states) != ranks:
-            raise ValueError(f"{path}: was written by {len(states)} process(es), not {ranks}: start as many as before")
-        generator.set_state(states[str(rank)])
+    for name, generator in generators.items():
+        generator.set_state(tensors[name])
     return facts
+
+
+def _read_parts(folder: Path, networks: Networks, optimizers: Optimizers) -> dict[str, Tensor]:
+    """This process's part of everything in a folder; networks get theirs in place."""
+    from torch.distributed.checkpoint import load
+
+    reader = _reader(folder)
+    with _checkpoint_errors(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        tensors = _state(networks, {}, {})
+        for key, stored in reader.read_metadata().state_dict_metadata.items():
+            if key in tensors:
+                continue
+            tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+            name, _, rest = key.partition(".")
+            if name in optimizers:
+                (group,) = optimizers[name].param_groups
+                parameter = group["params"][int(rest.partition(".")[0])]
+                if parameter.shape == stored.size:  # cut as the parameter is; all else is a scalar
+                    tensors[key] = torch.empty_like(parameter)
+        load(tensors, storage_reader=reader)
+    return tensors
+
+
+def open_network(path: Path, name: str) -> dict[str, LazyTensor]:
+    """The state of one network in a checkpoint, none of it read: whole tensors, however many parts they are in."""
+    prefix = f"{name}."
+    tensors = _open_parts(path) if path.is_dir() else open_tensors(path)
+    return {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 
 
 def read_network(path: Path, name: str) -> dict[str, Tensor]:
     """The state of one network in a checkpoint, without reading the others."""
-    prefix = f"{name}."
-    with _open(path) as file:
-        keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  # not a dict
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+    return {key: tensor.load() for key, tensor in open_network(path, name).items()}
+
+
+def _open_parts(folder: Path) -> dict[str, LazyTensor]:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    metadata = _reader(folder).read_metadata()
+
+    def load(key: str) -> Tensor:
+        stored = metadata.state_dict_metadata[key]
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        for chunk in stored.chunks:
+            file = metadata.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
+            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            with safe_open(file, framework="pt") as part:
+                whole[where] = part.get_tensor(key)
+        return whole
+
+    return {
+        key: LazyTensor(tuple(stored.size), stored.properties.dtype, lambda key=key: load(key))
+        for key, stored in metadata.state_dict_metadata.items()
+    }
 
 
 def read_facts(path: Path) -> Facts:
-    """What a checkpoint knows besides tensors."""
-    with _open(path) as file:
-        return _facts(file)
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    version = (file.metadata() or {}).get("format_version")
+    """What a checkpoint knows besides tensors. ValueError for what is no checkpoint, or of another version."""
+    if path.is_dir():
+        content = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
+        version, facts = content["format_version"], content["facts"]
+    else:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        version, facts = metadata.get("format_version"), json.loads(metadata.get("facts", "{}"))
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {version}")
-    return file
+    return facts
 
 
-def _facts(file: safe_open) -> Facts:
-    return json.loads(file.metadata()["facts"])
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    try:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+    except ImportError:
+        raise ValueError(f"{folder}: sharded checkpoints need a newer PyTorch than {torch.__version__}") from None
+    return HuggingFaceStorageReader(str(folder))
+
+
+@contextmanager
+def _checkpoint_errors(folder: Path):
+    """What torch.distributed.checkpoint finds wrong, on this rank or gathered from all, as an error with the folder."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, SafetensorError) as error:
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise ValueError(f"{folder}: {type(reason).__name__}: {reason}") from None

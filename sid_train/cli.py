@@ -32,13 +32,15 @@ def demo(args: argparse.Namespace) -> None:
 def distill(args: argparse.Namespace) -> None:
     from .callbacks import Grids
     from .config import load_config
+    from .distributed import is_first_process
     from .dry_run import dry_run
     from .export import export_any
     from .plan.command import refuse_what_cannot_fit
     from .trainer import Trainer
 
     config = load_config(args.config, args.set)
-    print(config.to_toml(), flush=True)
+    if is_first_process():
+        print(config.to_toml(), flush=True)
     if args.dry_run:
         print(dry_run(config, args.out))
         return

@@ -118,7 +118,11 @@ class TrainingConfig:
     batch_size: int = 32
     """Images an update, over all processes."""
     accumulate: int = 1
-    """Micro-batches that an update is split into, to save memory."""
+    """Micro-batches that each process splits its share of an update into, to save memory."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold whole networks. none: every process all of them (DDP); full: each its part of every
+    weight, gradient, average and optimizer state (FSDP2), with checkpoints in parts. One process holds all either way;
+    adapters are small: none."""
     fake_score_updates: int = 1
     """Updates of the fake score for each of the generator."""
     generator_start_images: int = 0
@@ -156,9 +160,19 @@ class TrainingConfig:
             )
 
 
-# A run may be resumed with other values of these: they change what is reported, never what is computed.
-REPORTING_KEYS = {
-    f"training.{key}" for key in ("log_every", "grid_every", "checkpoint_every", "snapshot_every", "tracker")
+# A run may be resumed with other values of these: they change what is reported, or how much memory a batch takes, but
+# nothing that is computed beyond its rounding.
+FREE_KEYS = {
+    f"training.{key}"
+    for key in (
+        "accumulate",
+        "gradient_checkpointing",
+        "log_every",
+        "grid_every",
+        "checkpoint_every",
+        "snapshot_every",
+        "tracker",
+    )
 }
 
 
@@ -188,6 +202,12 @@ class Config:
             raise ValueError(f"gan.{changed[0]}: unused while gan.generator_weight is 0")
         if self.adapter.targets != "all" and not self.adapter.rank:
             raise ValueError("adapter.targets: unused while adapter.rank is 0: set the rank, or drop the targets")
+        if self.training.sharding == "full" and self.adapter.rank:
+            raise ValueError(
+                "training.sharding: 'full' is for whole networks, and adapter.rank is not 0: set it to none"
+            )
+        if self.training.sharding == "full" and self.optimizer.kind == "adam8bit":
+            raise ValueError("training.sharding: 'full' does not go with optimizer.kind adam8bit: use adam, or none")
         if self.method.matching == "final" and self.method.steps == 1:
             raise ValueError("method.matching: 'final' is the same as 'uniform' at one step: use uniform")
 

@@ -29,6 +29,7 @@ from .losses import (
     sid_weight,
 )
 from .models.conditioning import Conditioning
+from .rng import BatchRNG
 
 Denoiser = Callable[..., Tensor]
 """``denoiser(x, sigma, cond) -> x0``; with ``output="logits"`` the discriminator's map (see ``models.unet``)."""
@@ -149,16 +150,15 @@ class Distiller:
             return self.method.steps
         return int(torch.randint(1, self.method.steps + 1, (1,), generator=rng).item())
 
-    def _noise(self, batch: int, rng: torch.Generator) -> Tensor:
-        return torch.randn(batch, *self.latent_shape, generator=rng, device=rng.device)
+    def _noise(self, batch: int, rng: BatchRNG) -> Tensor:
+        return rng.randn(batch, *self.latent_shape)
 
-    def _draw_sigma(self, batch: int, rng: torch.Generator) -> Tensor:
-        t = torch.randint(self.method.t_min, self.method.t_max, (batch,), generator=rng, device=rng.device)
-        return self.schedule.sigma(t)
+    def _draw_sigma(self, batch: int, rng: BatchRNG) -> Tensor:
+        return self.schedule.sigma(rng.randint(self.method.t_min, self.method.t_max, batch))
 
     # -- the method ----------------------------------------------------------------------------------------------
 
-    def rollout(self, cond: Conditioning, step: int, rng: torch.Generator) -> Tensor:
+    def rollout(self, cond: Conditioning, step: int, rng: BatchRNG) -> Tensor:
         """The output x_g of the generator's step k: fp32, [B, ...].
 
         Gradients, where the caller wants any, cover step k alone (uniform-step matching, justified by the paper's
@@ -180,22 +180,20 @@ class Distiller:
         with record_function("rollout"):
             return few_step_sample(denoise, sigmas, first_noise, next_noise)
 
-    def perturb(self, x_g: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def perturb(self, x_g: Tensor, rng: BatchRNG) -> tuple[Tensor, Tensor, Tensor]:
         """``x_t = x_g + sigma_t * eps`` at random t: (x_t, sigma [B], eps)."""
         sigma = self._draw_sigma(len(x_g), rng)
         eps = self._noise(len(x_g), rng)
         return add_noise(x_g, sigma, eps), sigma, eps
 
-    def draw_dropped(self, batch: int, rng: torch.Generator) -> Tensor:
+    def draw_dropped(self, batch: int, rng: BatchRNG) -> Tensor:
         """Which prompts the fake score's update replaces by the unconditional embedding: a share of them, where the
         fake score is asked both ways, else none. Boolean, [B].
         """
         share = self.method.prompt_dropout if self.guidance.fake_needs_both else 0.0
-        return torch.rand(batch, generator=rng, device=rng.device) < share
+        return rng.rand(batch) < share
 
-    def fake_score_loss(
-        self, cond: Conditioning, step: int, rng: torch.Generator, real: RealBatch | None = None
-    ) -> Losses:
+    def fake_score_loss(self, cond: Conditioning, step: int, rng: BatchRNG, real: RealBatch | None = None) -> Losses:
         """The fake score learns to denoise what the generator makes now (and to tell it from ``real``)."""
         self._let_fake_score_learn(True)
         dropped = self.draw_dropped(len(cond), rng)
@@ -210,7 +208,7 @@ class Distiller:
         fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         # Real latents are noised with the same t, so that the discriminator cannot tell them by their noise level.
         # They may have another height and width (aspect buckets): losses see the logits' means only.
-        real_noise = torch.randn(real.latents.shape, generator=rng, device=rng.device)
+        real_noise = rng.randn(*real.latents.shape)
         real_t = add_noise(real.latents, sigma, real_noise)
         # As many of its prompts are dropped, so that no text does not mean generated.
         real_cond = real.cond.where(dropped, self.unconditional)
@@ -221,7 +219,7 @@ class Distiller:
             "discriminator": weight * discriminator_loss(real_logits, fake_logits).mean(),
         }
 
-    def generator_loss(self, cond: Conditioning, step: int, rng: torch.Generator, adversarial: bool = False) -> Losses:
+    def generator_loss(self, cond: Conditioning, step: int, rng: BatchRNG, adversarial: bool = False) -> Losses:
         """The generator moves its k-th step's output towards the teacher's distribution.
 
         ``adversarial`` adds the GAN term. The fake score's parameters are frozen from here until its own next loss, so

@@ -12,7 +12,8 @@ from .data.cache import Cache, model_facts, prompt_facts
 from .distiller import RealBatch
 from .guidance import GuidanceStrategy
 from .models.bundle import load_model
-from .trainer import CHECKPOINT_FILE, check_run_dir, check_teacher, load_init_generator
+from .rng import BatchRNG
+from .trainer import check_run_dir, check_teacher, last_checkpoint, load_init_generator
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -47,14 +48,14 @@ def dry_run(config: Config, run_dir: Path) -> str:
     ]
     if config.data.pairs:
         pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache)
-        real: RealBatch = pairs.draw(1, torch.Generator().manual_seed(0))
+        real: RealBatch = pairs.draw(1, BatchRNG(torch.Generator().manual_seed(0)))
         facts.append(("pairs", f"a first one: latents {_shape(real.latents.shape)}"))
     training, strategy = config.training, GuidanceStrategy.parse(config.method.guidance)
     facts += [
         ("trained", f"LoRA adapters of rank {config.adapter.rank}" if config.adapter.rank else "whole networks"),
         ("guidance", f"{strategy.name}: {strategy.fake_train:g}, {strategy.fake_eval:g}, {strategy.teacher:g}"),
         ("iterations", f"{training.iterations:,} of batch {training.batch_size}, in {training.accumulate} part(s)"),
-        ("run", f"continues {run_dir}" if (run_dir / CHECKPOINT_FILE).is_file() else f"starts in {run_dir}"),
+        ("run", f"continues {run_dir}" if last_checkpoint(run_dir) else f"starts in {run_dir}"),
     ]
     width = max(len(name) for name, _ in facts)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in facts), "Nothing was trained or written."])

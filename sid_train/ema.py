@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .distributed import local_part
+
 
 class EMA:
     """Exponential moving average with a half-life in images, short at the start of a run (SiD, arXiv 2404.04057).
@@ -24,6 +26,8 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
         decay = self.decay(images_seen, batch_size)
-        torch._foreach_lerp_(list(self.average.parameters()), list(network.parameters()), 1 - decay)
+        # Of sharded networks every rank averages its own parts: both networks are cut alike.
+        ours, theirs = ([local_part(p) for p in n.parameters()] for n in (self.average, network))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
         for ours, theirs in zip(self.average.buffers(), network.buffers(), strict=True):
             ours.copy_(theirs)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import read_network
+from .checkpoint import open_network, read_network
 from .config import Config
 from .core.recipe import SDXL_ARCHITECTURE, SiDRecipe, has_recipe, read_safetensors_metadata
 from .models.adapters import Adapter, adapter_from_state, lora_difference
@@ -108,15 +108,14 @@ def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:
 
 
 def open_run(path: Path, config: Config) -> Generator:
-    """The averaged generator in a file of a run with this ``config`` (see ``trainer.generator_file``)."""
+    """The averaged generator in a checkpoint of a run with this ``config`` (see ``trainer.generator_file``)."""
     bundle = load_model(config.model.teacher, None, config.model.resolution)
     recipe = read_run_recipe(path, config, bundle)
     parts = open_sdxl(config.model.teacher)
     if config.adapter.rank:
         adapter = adapter_from_state(read_network(path, "generator_ema"))
         return Generator(parts.unet_config, parts.unet, recipe, parts, adapter)
-    prefix = "generator_ema.unet."
-    unet = {k.removeprefix(prefix): t for k, t in open_tensors(path).items() if k.startswith(prefix)}
+    unet = {name.removeprefix("unet."): tensor for name, tensor in open_network(path, "generator_ema").items()}
     return Generator(parts.unet_config, unet, recipe, parts)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -14,12 +14,34 @@ from torch import nn
 from torch.profiler import record_function
 
 from .callbacks import Callback, Progress
-from .checkpoint import Facts, load_checkpoint, read_facts, read_network, save_checkpoint
-from .config import REPORTING_KEYS, Config, config_from_dict, read_toml
+from .checkpoint import (
+    Facts,
+    Generators,
+    Networks,
+    Optimizers,
+    load_checkpoint,
+    read_facts,
+    read_network,
+    save_checkpoint,
+    save_sharded_checkpoint,
+)
+from .config import FREE_KEYS, Config, config_from_dict, read_toml
 from .core.recipe import SiDRecipe, has_recipe, read_safetensors_metadata
 from .data import load_pairs, load_prompt_table
 from .distiller import Distiller, Losses
-from .distributed import any_rank, gather_states, rank_generator, seed_everything, shared_generator
+from .distributed import (
+    any_rank,
+    autocast,
+    batch_generator,
+    batch_parts,
+    clip_gradients,
+    is_sharded,
+    mean_over_ranks,
+    placement,
+    reducing_gradients,
+    seed_everything,
+    step_generator,
+)
 from .ema import EMA
 from .errors import Interrupted, NonFiniteError
 from .export import make_recipe
@@ -28,8 +50,11 @@ from .models.adapters import Adapter, adapter_from_state, merge_adapter
 from .models.bundle import ModelBundle, load_model
 from .models.networks import DTYPES, build_networks
 from .models.unet import UNetDenoiser
+from .rng import BatchRNG
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
+CHECKPOINT_FOLDER = "checkpoints"  # with training.sharding: a folder a checkpoint, named by its iteration
+SNAPSHOTS = "snapshots"
 CONFIG_FILE = "config.toml"
 
 
@@ -59,11 +84,12 @@ class Trainer:
         self.bundle = load_model(config.model.teacher, dtype, config.model.resolution)
         check_teacher(self.bundle, config)
         networks = build_networks(
-            self.bundle.denoiser.to(device),
+            self.bundle.denoiser,
             load_init_generator(config, self.bundle),
             config.adapter,
             config.model.frozen_dtype,
             training.gradient_checkpointing,
+            placement(self.accelerator, training),
         )
         self.ema = EMA(networks.generator_ema, optimizer.ema_halflife_images, optimizer.ema_rampup)
 
@@ -71,17 +97,20 @@ class Trainer:
             betas = (float(optimizer.beta1), float(optimizer.beta2))
             return _adam_class(optimizer.kind)(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
 
-        self.generator, self.fake_score, self.generator_optimizer, self.fake_score_optimizer = self.accelerator.prepare(
+        trained = (
             networks.generator,
             networks.fake_score,
             adam(networks.generator, optimizer.generator_lr),
             adam(networks.fake_score, optimizer.fake_score_lr),
         )
+        if not is_sharded(self.accelerator, training):
+            trained = self.accelerator.prepare(*trained)
+        self.generator, self.fake_score, self.generator_optimizer, self.fake_score_optimizer = trained
         self.bundle.conditioner.to(device)
         self.bundle.codec.to(device)
-        data, ranks = config.data, (self.accelerator.process_index, self.accelerator.num_processes)
-        self.prompts = load_prompt_table(data, self.bundle, config.model.unconditional, device, *ranks)
-        self.pairs = load_pairs(data.pairs, self.bundle, data.buckets, data.cache, *ranks) if data.pairs else None
+        data, report = config.data, self.accelerator.is_main_process
+        self.prompts = load_prompt_table(data, self.bundle, config.model.unconditional, device, report)
+        self.pairs = load_pairs(data.pairs, self.bundle, data.buckets, data.cache) if data.pairs else None
         self.distiller = Distiller(
             self.generator,
             self.fake_score,
@@ -92,16 +121,17 @@ class Trainer:
             config.method,
             config.gan,
         )
-        self.shared_rng = shared_generator(training.seed)
-        self.rng = rank_generator(self.accelerator, training.seed)
+        self.step_rng = step_generator(training.seed)
+        self.rng = batch_generator(self.accelerator, training.seed)
         self.iteration = 0  # finished ones
         self.images_seen = 0  # drawn for the fake score, over all ranks
-        if (run_dir / CHECKPOINT_FILE).is_file():
-            self._load()
+        if (checkpoint := last_checkpoint(run_dir)) is not None:
+            self._load(checkpoint)
         elif self.accelerator.is_main_process:
             # Not before everything above accepted it: a folder is claimed by a run that can start.
             write_text(run_dir / CONFIG_FILE, config.to_toml())
-        self.callbacks = [Progress(training.log_every), *(callbacks or [])] if self.accelerator.is_main_process else []
+        every = [Progress(training.log_every), *(callbacks or [])]
+        self.callbacks = [c for c in every if c.every_rank or self.accelerator.is_main_process]
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -132,10 +162,10 @@ class Trainer:
             self.accelerator.end_training()
 
     def train_iteration(self) -> dict[str, float]:
-        """One iteration of the method; the means of its losses on this rank, for the log."""
+        """One iteration of the method; the means of its losses, for the log."""
         training = self.config.training
         self._set_learning_rates()
-        step = self.distiller.draw_step(self.shared_rng)
+        step = self.distiller.draw_step(self.step_rng)
         adversarial = self.pairs is not None and self.images_seen >= self.config.gan.start_images
         logged: dict[str, float] = {}
         for _ in range(training.fake_score_updates):
@@ -143,45 +173,50 @@ class Trainer:
                 "fake score",
                 self.fake_score,
                 self.fake_score_optimizer,
-                lambda: self._fake_score_loss(step, adversarial),
+                lambda rng: self._fake_score_loss(step, adversarial, rng),
             )
             self.images_seen += training.batch_size
         if self.images_seen > training.generator_start_images:
             logged |= self._update(
-                "generator", self.generator, self.generator_optimizer, lambda: self._generator_loss(step, adversarial)
+                "generator",
+                self.generator,
+                self.generator_optimizer,
+                lambda rng: self._generator_loss(step, adversarial, rng),
             )
             self.ema.update(self.accelerator.unwrap_model(self.generator), self.images_seen, training.batch_size)
         return logged
 
-    def _fake_score_loss(self, step: int, adversarial: bool) -> Losses:
-        cond = self.prompts.draw(self.micro_batch, self.rng)
-        real = self.pairs.draw(self.micro_batch, self.rng) if adversarial and self.pairs is not None else None
-        with self.accelerator.autocast():  # not around the draws: what they encode is as exact as in a cache
-            return self.distiller.fake_score_loss(cond, step, self.rng, real)
+    def _fake_score_loss(self, step: int, adversarial: bool, rng: BatchRNG) -> Losses:
+        cond = self.prompts.draw(self.micro_batch, rng)
+        real = self.pairs.draw(self.micro_batch, rng) if adversarial and self.pairs is not None else None
+        # Not around the draws: what they encode is as exact as in a cache.
+        with autocast(self.accelerator, self.config.training):
+            return self.distiller.fake_score_loss(cond, step, rng, real)
 
-    def _generator_loss(self, step: int, adversarial: bool) -> Losses:
-        cond = self.prompts.draw(self.micro_batch, self.rng)
-        with self.accelerator.autocast():
-            return self.distiller.generator_loss(cond, step, self.rng, adversarial)
+    def _generator_loss(self, step: int, adversarial: bool, rng: BatchRNG) -> Losses:
+        cond = self.prompts.draw(self.micro_batch, rng)
+        with autocast(self.accelerator, self.config.training):
+            return self.distiller.generator_loss(cond, step, rng, adversarial)
 
     def _update(
-        self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[], Losses]
+        self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer, compute: Callable[[BatchRNG], Losses]
     ) -> dict[str, float]:
         """One optimizer step on the mean of ``accumulate`` micro-batches."""
         accumulate = self.config.training.accumulate
         logged: dict[str, float] = {}
-        for micro in range(accumulate):
-            with nullcontext() if micro == accumulate - 1 else self.accelerator.no_sync(network):
+        for micro, rng in enumerate(batch_parts(self.accelerator, self.rng, accumulate)):
+            with reducing_gradients(self.accelerator, network, last=micro == accumulate - 1):
                 with record_function(f"{name}: forward"):
-                    losses = compute()
-                for part, value in losses.items():
-                    logged[part] = logged.get(part, 0.0) + value.item() / accumulate
+                    losses = compute(rng)
+                # The mean over all ranks is not finite on any if a loss is not on one: all stop, or none.
+                values = mean_over_ranks(self.accelerator, {part: loss.item() for part, loss in losses.items()})
+                for part, value in values.items():
+                    logged[part] = logged.get(part, 0.0) + value / accumulate
                 self._require_finite(logged, f"{name} loss")
                 with record_function(f"{name}: backward"):
                     self.accelerator.backward(torch.stack(list(losses.values())).sum() / accumulate)
-        limit = self.config.optimizer.clip_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(network.parameters(), limit)
-        self._require_finite({"norm": float(norm)}, f"{name} gradient")
+        norm = clip_gradients(self.accelerator, network, self.config.optimizer.clip_norm or float("inf"))
+        self._require_finite({"norm": norm}, f"{name} gradient")
         with record_function(f"{name}: optimizer"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -189,8 +224,8 @@ class Trainer:
 
     def _require_finite(self, values: dict[str, float], what: str) -> None:
         bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if any_rank(self.accelerator, bool(bad)):
-            detail = ", ".join(f"{name} = {values[name]}" for name in bad) or "on another rank"
+        if bad:
+            detail = ", ".join(f"{name} = {values[name]}" for name in bad)
             raise NonFiniteError(
                 f"iteration {self.iteration + 1}: the {what} is not finite ({detail}). No weight was changed by it; "
                 f"the last checkpoint is in {self.run_dir}. Lower the learning rates or set optimizer.clip_norm."
@@ -219,31 +254,33 @@ class Trainer:
         return make_recipe(self.config, self.bundle, self.iteration, self.images_seen)
 
     def save(self) -> None:
-        rng_states = gather_states(self.accelerator, self.rng)
+        state = (self._networks(), self._optimizers(), self._generators())
+        if self.config.training.sharding == "none":
+            self._write(self.run_dir / CHECKPOINT_FILE, *state)
+            return
+        # A new folder, then the old ones go: there is a whole checkpoint at any time.
+        self._write(self.run_dir / CHECKPOINT_FOLDER / f"{self.iteration:07d}", *state)
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.run_dir / CHECKPOINT_FILE,
-                self._networks(),
-                self._optimizers(),
-                {"rng": rng_states, "shared_rng": [self.shared_rng.get_state()]},
-                self._facts(),
-            )
-        self.accelerator.wait_for_everyone()
+            for old in _checkpoint_folders(self.run_dir)[:-1]:
+                shutil.rmtree(old)
 
     def _save_snapshot(self) -> None:
         """The averaged generator alone, to go back to: a run does not always end at its best."""
-        if self.accelerator.is_main_process:
-            path = generator_file(self.run_dir, self.iteration)
-            save_checkpoint(path, {"generator_ema": self.ema.average}, {}, {}, self._facts())
+        path = self.run_dir / SNAPSHOTS / f"{self.iteration:07d}"
+        if self.config.training.sharding == "none":
+            path = path.with_suffix(".safetensors")
+        self._write(path, {"generator_ema": self.ema.average}, {}, {})
 
-    def _facts(self) -> Facts:
-        return {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash}
+    def _write(self, path: Path, networks: Networks, optimizers: Optimizers, generators: Generators) -> None:
+        facts = {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash}
+        if self.config.training.sharding == "full":
+            save_sharded_checkpoint(self.accelerator, path, networks, optimizers, generators, facts)
+        elif self.accelerator.is_main_process:
+            save_checkpoint(path, networks, optimizers, generators, facts)
+        self.accelerator.wait_for_everyone()
 
-    def _load(self) -> None:
-        path = self.run_dir / CHECKPOINT_FILE
-        ranks = (self.accelerator.process_index, self.accelerator.num_processes)
-        generators = {"rng": (self.rng, *ranks), "shared_rng": (self.shared_rng, 0, 1)}
-        facts = load_checkpoint(path, self._networks(), self._optimizers(), generators)
+    def _load(self, path: Path) -> None:
+        facts = load_checkpoint(path, self._networks(), self._optimizers(), self._generators())
         _check_teacher(facts, self.bundle, path)
         self.iteration, self.images_seen = int(facts["iteration"]), int(facts["images_seen"])
 
@@ -259,6 +296,9 @@ class Trainer:
             "generator_optimizer": self.generator_optimizer,
             "fake_score_optimizer": self.fake_score_optimizer,
         }
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"rng": self.rng, "step_rng": self.step_rng}
 
 
 def _adam_class(kind: str) -> type[torch.optim.Optimizer]:
@@ -279,7 +319,7 @@ def check_run_dir(config: Config, run_dir: Path) -> None:
     differ = [
         f"{key} (was {stored[key]!r}, now {value!r})"
         for key, value in config.flat().items()
-        if value != stored[key] and key not in REPORTING_KEYS
+        if value != stored[key] and key not in FREE_KEYS
     ]
     if differ:
         raise ValueError(
@@ -296,9 +336,30 @@ def load_run_config(run_dir: Path) -> Config:
     return config_from_dict(read_toml(path), str(path))
 
 
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """What a run continues from, a file or a folder; None if it has no checkpoint yet."""
+    found = [path for path in (run_dir / CHECKPOINT_FILE,) if path.is_file()] + _checkpoint_folders(run_dir)
+    return found[-1] if found else None
+
+
+def _checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Those that are whole, oldest first."""
+    return sorted((run_dir / CHECKPOINT_FOLDER).glob("[0-9]*"))
+
+
 def generator_file(run_dir: Path, iteration: int = 0) -> Path:
-    """Where a run keeps its averaged generator: as it was after ``iteration``, or in its last checkpoint (0)."""
-    return run_dir / "snapshots" / f"{iteration:07d}.safetensors" if iteration else run_dir / CHECKPOINT_FILE
+    """Where a run keeps its averaged generator, a file or a folder: as it was after ``iteration``, or in its last
+    checkpoint (0). ValueError if it does not.
+    """
+    if not iteration:
+        if (path := last_checkpoint(run_dir)) is None:
+            raise ValueError(f"{run_dir}: the run has no checkpoint (yet)")
+        return path
+    folder = run_dir / SNAPSHOTS / f"{iteration:07d}"
+    file = folder.with_suffix(".safetensors")
+    if not file.is_file() and not folder.is_dir():
+        raise ValueError(f"{file}: the run has no such snapshot (yet); training.snapshot_every says which it keeps")
+    return file if file.is_file() else folder
 
 
 def load_run_generator(run_dir: Path, iteration: int = 0) -> tuple[ModelBundle, SiDRecipe]:
@@ -316,8 +377,6 @@ def load_run_generator(run_dir: Path, iteration: int = 0) -> tuple[ModelBundle, 
 
 def read_run_recipe(path: Path, config: Config, bundle: ModelBundle) -> SiDRecipe:
     """The recipe of the generator in one of a run's files; ``bundle`` is its teacher's."""
-    if not path.is_file():
-        raise ValueError(f"{path}: the run has no such file (yet); training.snapshot_every says which it keeps")
     facts = read_facts(path)
     _check_teacher(facts, bundle, path)
     return make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))

@@ -96,7 +96,7 @@ def planned(config) -> int:
 def write_model(path: Path, changes: dict) -> None:
     from small_sdxl import save_single_file, small_pipeline
 
-    save_single_file(path, small_pipeline(unet=changes))
+    save_single_file(path, small_pipeline(**changes))
 
 
 def compare(config_name: str | None, overrides: list[str], folder: Path) -> dict[str, float]:

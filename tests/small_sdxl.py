@@ -40,10 +40,8 @@ def text_config(activation: str, eos: int) -> CLIPTextConfig:
     )
 
 
-def small_pipeline(
-    seed: int = 0, prediction_type: str = "epsilon", unet: dict | None = None
-) -> StableDiffusionXLPipeline:
-    """``unet`` changes the UNet's configuration."""
+def small_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet: object) -> StableDiffusionXLPipeline:
+    """``unet``: what is other than in ``UNET_CONFIG``."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = sdxl_tokenizers()
     return StableDiffusionXLPipeline(
@@ -59,7 +57,7 @@ def small_pipeline(
         text_encoder_2=CLIPTextModelWithProjection(text_config("gelu", 49407)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=UNet2DConditionModel(**(UNET_CONFIG | (unet or {}))),
+        unet=UNet2DConditionModel(**UNET_CONFIG | unet),
         scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
         ),

@@ -1,4 +1,4 @@
-"""Prompts and pairs: every format, the ranks' shares, and whose conditioning a picture gets."""
+"""Prompts and pairs: every format, the parts of a batch, and whose conditioning a picture gets."""
 
 import io
 import itertools
@@ -23,6 +23,7 @@ from sid_train.demo.model import DigitCodec, DigitConditioner
 from sid_train.distiller import Distiller, GANConfig, MethodConfig
 from sid_train.models.bundle import load_model
 from sid_train.models.conditioning import Conditioning
+from sid_train.rng import BatchRNG
 
 TEXTS = ["a red cat, asleep", "  a dog ", "", "a red cat, asleep", "ein Käfer", " "]
 PROMPTS = ["a red cat, asleep", "a dog", "ein Käfer"]
@@ -158,22 +159,30 @@ def test_one_process_draws_as_it_always_did(conditioner):
     table = PromptTable(prompts, LiveRows(prompts, conditioner), conditioner.encode([""]))
     ours, plain = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     index = torch.randint(len(prompts), (8,), generator=plain)
-    assert same(table.draw(8, ours), conditioner.encode(prompts)[index])
+    assert same(table.draw(8, BatchRNG(ours)), conditioner.encode(prompts)[index])
     assert torch.equal(ours.get_state(), plain.get_state())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_draw_from_shares_that_are_disjoint_and_complete(world, conditioner):
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_draw_the_rows_of_one_batch(parts, conditioner, tmp_path):
     prompts = demo_prompts(31)
-    encoded, unconditional = LiveRows(prompts, conditioner), conditioner.encode([""])
-    drawn = []
-    for rank in range(world):
-        rng = torch.Generator().manual_seed(rank)
-        rows = PromptTable(prompts, encoded, unconditional, "cpu", rank, world).draw_rows(500, rng)
-        drawn.append(set(rows))
-    assert sum(map(len, drawn)) == len(set.union(*drawn)) == len(prompts)
-    with pytest.raises(ValueError, match="at least one for each of 32 processes, got 31"):
-        PromptTable(prompts, encoded, unconditional, "cpu", 0, 32)
+    table = PromptTable(prompts, LiveRows(prompts, conditioner), conditioner.encode([""]))
+    pictures = load_pairs(str(write_captioned(tmp_path)), load_model("demo"), buckets=True).picker
+    digits = load_pairs("demo", load_model("demo"))
+
+    def draw(part: int, parts: int, count: int) -> tuple:
+        rng = BatchRNG(torch.Generator().manual_seed(0), part, parts)
+        rows, noise = table.draw_rows(count, rng), rng.randn(count, 2)
+        real = digits.draw(count, rng)
+        return rows, pictures.draw(count, rng), noise, real.latents, real.cond.text
+
+    whole, split = draw(0, 1, 12), [draw(part, parts, 12 // parts) for part in range(parts)]
+    for together, apart in zip(whole, zip(*split, strict=True), strict=True):
+        if isinstance(together, list):
+            assert together == [row for rows in apart for row in rows]
+            assert len(set(together)) > 1
+        else:
+            assert torch.equal(together, torch.cat(apart))
 
 
 def test_a_long_list_is_encoded_when_it_is_drawn(conditioner):
@@ -293,7 +302,7 @@ def test_an_unreadable_picture_stops_with_its_name(damage, buckets, tmp_path):
     folder = write_captioned(tmp_path)
     damage(folder)
     with pytest.raises(ValueError, match=r"data\.pairs: .*part0/2\.png: not a readable picture"):
-        load_pairs(str(folder), load_model("demo"), buckets).draw(64, torch.Generator().manual_seed(0))
+        load_pairs(str(folder), load_model("demo"), buckets).draw(64, BatchRNG(torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(
@@ -396,7 +405,7 @@ def which_picture(latents) -> list[int]:
 def test_each_picture_keeps_its_own_conditioning(write, tmp_path):
     bundle = load_model("demo")
     pairs = load_pairs(str(write(tmp_path)), bundle)
-    batch = pairs.draw(32, torch.Generator().manual_seed(0))
+    batch = pairs.draw(32, BatchRNG(torch.Generator().manual_seed(0)))
     drawn = which_picture(batch.latents)
     assert len(set(drawn)) == len(CAPTIONS)
     assert same(batch.cond, bundle.conditioner.encode([CAPTIONS[i] for i in drawn]))
@@ -405,7 +414,7 @@ def test_each_picture_keeps_its_own_conditioning(write, tmp_path):
 def test_a_bucketed_batch_has_one_size_and_its_time_ids(tmp_path):
     bundle = load_model("demo")
     pairs = load_pairs(str(write_captioned(tmp_path)), bundle, buckets=True)
-    rng = torch.Generator().manual_seed(0)
+    rng = BatchRNG(torch.Generator().manual_seed(0))
     seen = set()
     for _ in range(40):
         batch = pairs.draw(3, rng)
@@ -421,15 +430,14 @@ def test_a_bucketed_batch_has_one_size_and_its_time_ids(tmp_path):
     assert seen == {(0, 16, 16), (1, 16, 16), (2, 32, 8), (3, 8, 32), (4, 16, 16), (5, 32, 8)}
 
 
-def test_pairs_are_shared_out_like_prompts():
+def test_all_parts_of_a_batch_are_from_one_group():
     groups = ["wide", "tall", "wide", "wide", "tall", "tall", "wide"]
-    drawn = []
-    for rank in range(2):
-        picker, rng = RowPicker(groups, rank, 2), torch.Generator().manual_seed(rank)
-        batches = [picker.draw(4, rng) for _ in range(50)]
-        assert all(len({groups[row] for row in batch}) == 1 for batch in batches)
-        drawn.append({row for batch in batches for row in batch})
-    assert drawn == [{0, 2, 4, 6}, {1, 3, 5}]
+    picker, seen = RowPicker(groups), set()
+    for seed in range(20):
+        parts = [picker.draw(4, BatchRNG(torch.Generator().manual_seed(seed), part, 2)) for part in range(2)]
+        assert len({groups[row] for part in parts for row in part}) == 1
+        seen |= {row for part in parts for row in part}
+    assert seen == set(range(len(groups)))
 
 
 @pytest.mark.parametrize("buckets", [False, True])
@@ -444,7 +452,7 @@ def test_the_discriminator_sees_each_real_picture_under_its_own_text(buckets, tm
         MethodConfig(steps=1, guidance="zero-cfg", t_min=20, t_max=21), GANConfig(generator_weight=0.01),
     )  # fmt: skip
     calls = record_calls(networks[1])
-    pairs, rng = load_pairs(str(folder), bundle, buckets), torch.Generator().manual_seed(0)
+    pairs, rng = load_pairs(str(folder), bundle, buckets), BatchRNG(torch.Generator().manual_seed(0))
     shapes = set()
     for _ in range(20):
         calls.clear()

@@ -8,6 +8,7 @@ from torch import nn
 from sid_train.core.noise_schedule import NoiseSchedule
 from sid_train.demo.model import LATENT_SHAPE
 from sid_train.distiller import Distiller, GANConfig, MethodConfig, RealBatch
+from sid_train.rng import BatchRNG
 
 
 @pytest.fixture
@@ -25,16 +26,21 @@ def make(make_denoiser, schedule, unconditional):
 
 
 @pytest.fixture
+def rng(rng) -> BatchRNG:
+    return BatchRNG(rng)
+
+
+@pytest.fixture
 def real(cond, rng) -> RealBatch:
-    return RealBatch(torch.randn(2, *LATENT_SHAPE, generator=rng), cond)
+    return RealBatch(rng.randn(2, *LATENT_SHAPE), cond)
 
 
 def gradients(network: nn.Module) -> list[torch.Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int) -> BatchRNG:
+    return BatchRNG(torch.Generator().manual_seed(seed))
 
 
 # -- the rollout -------------------------------------------------------------------------------------------------------
@@ -50,7 +56,7 @@ def test_uniform_matching_differentiates_step_k_alone(step, noise_mode, make, co
     assert [c.grad_enabled for c in calls] == [False] * (step - 1) + [True]
     assert torch.equal(torch.stack([c.sigma[0] for c in calls]), distiller.sigmas[:step])
 
-    cotangent = torch.randn(x_g.shape, generator=rng)
+    cotangent = rng.randn(*x_g.shape)
     x_g.backward(cotangent)
     through_chain = [g.clone() for g in gradients(generator)]
     generator.zero_grad()
@@ -63,7 +69,7 @@ def test_uniform_matching_differentiates_step_k_alone(step, noise_mode, make, co
 def test_final_matching_differentiates_the_whole_chain(make, cond, record_calls, rng):
     distiller = make(matching="final", steps=3)
     calls = record_calls(distiller.generator)
-    x_g = distiller.rollout(cond, distiller.draw_step(rng), rng)
+    x_g = distiller.rollout(cond, distiller.draw_step(rng.generator), rng)
     assert [c.grad_enabled for c in calls] == [True] * 3
     assert [c.x.requires_grad for c in calls] == [False, True, True]
     # A gradient that comes out of the first call went through all the later ones.
@@ -83,15 +89,15 @@ def test_rollout_without_gradient_has_none_and_is_the_same(make, cond):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_uniform_matching_draws_every_step_equally(steps, make, rng):
     distiller = make(steps=steps)
-    counts = Counter(distiller.draw_step(rng) for _ in range(400 * steps))
+    counts = Counter(distiller.draw_step(rng.generator) for _ in range(400 * steps))
     assert sorted(counts) == list(range(1, steps + 1))
     assert all(300 < n < 500 for n in counts.values())
-    assert make(steps=steps, matching="final").draw_step(rng) == steps
+    assert make(steps=steps, matching="final").draw_step(rng.generator) == steps
 
 
 def test_noise_levels_are_drawn_within_the_configured_timesteps(make, schedule, rng):
     distiller = make(t_min=20, t_max=30)
-    x_g = torch.randn(2000, *LATENT_SHAPE, generator=rng)
+    x_g = rng.randn(2000, *LATENT_SHAPE)
     x_t, sigma, eps = distiller.perturb(x_g, rng)
     assert set(schedule.timestep(sigma).tolist()) == set(range(20, 30))
     torch.testing.assert_close(x_t, x_g + sigma.reshape(-1, 1, 1, 1) * eps)
@@ -173,7 +179,7 @@ def test_losses_depend_on_the_seed_alone(noise_mode, make, cond, real):
     @torch.no_grad()
     def losses(seed):
         rng = seeded(seed)
-        step = distiller.draw_step(rng)
+        step = distiller.draw_step(rng.generator)
         return distiller.fake_score_loss(cond, step, rng, real) | distiller.generator_loss(cond, step, rng, True)
 
     assert losses(5) == losses(5)
@@ -275,7 +281,7 @@ def test_fake_score_learns_what_the_generator_makes(prediction_type, make, cond)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_encoders_logits_are_the_whole_networks(prediction_type, make_denoiser, cond, schedule, rng):
     denoiser = make_denoiser(0, prediction_type)
-    x = torch.randn(2, *LATENT_SHAPE, generator=rng)
+    x = rng.randn(2, *LATENT_SHAPE)
     sigma = schedule.sigma(torch.tensor([30, 900]))
     x0, logits = denoiser(x, sigma, cond, output="x0_and_logits")
     assert torch.equal(denoiser(x, sigma, cond, output="logits"), logits)
@@ -288,7 +294,7 @@ def test_encoders_logits_are_the_whole_networks(prediction_type, make_denoiser, 
 
 def test_encoder_pass_teaches_the_encoder_alone(make_denoiser, cond, schedule, rng):
     denoiser = make_denoiser()
-    x = torch.randn(2, *LATENT_SHAPE, generator=rng)
+    x = rng.randn(2, *LATENT_SHAPE)
     denoiser(x, schedule.sigma(torch.tensor([30, 900])), cond, output="logits").sum().backward()
     without = {name.split(".")[0] for name, p in denoiser.unet.named_parameters() if p.grad is None}
     assert without == {"up_blocks", "conv_norm_out", "conv_out"}

@@ -23,6 +23,7 @@ from sid_train.demo.digits import COLOURS, TRAINING_SUBJECTS
 from sid_train.demo.model import ARCHITECTURE, TEACHER_FILE, DigitConditioner
 from sid_train.encode import encode_cache
 from sid_train.models.bundle import load_model
+from sid_train.rng import BatchRNG
 from sid_train.trainer import CHECKPOINT_FILE, Trainer
 
 SMALL = [
@@ -95,13 +96,13 @@ def test_a_cache_needs_neither_text_encoder_nor_codec(prompts, pairs, tmp_path):
     encode_cache(settings, tmp_path / "c")
     bundle, plain = load_model("demo"), load_model("demo")
     bundle.conditioner = bundle.codec = None
-    for rank in range(2):
-        ours, theirs = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(rank)
-        cached = load_prompt_table(settings.data, bundle, "empty", "cpu", rank, 2)
-        live = load_prompt_table(config(prompts).data, plain, "empty", "cpu", rank, 2)
+    for part in range(2):
+        ours, theirs = (BatchRNG(torch.Generator().manual_seed(0), part, 2) for _ in range(2))
+        cached = load_prompt_table(settings.data, bundle, "empty")
+        live = load_prompt_table(config(prompts).data, plain, "empty")
         assert torch.equal(cached.draw(5, ours).text, live.draw(5, theirs).text)
-        a = load_pairs(str(pairs), bundle, cache=settings.data.cache, rank=rank, world=2).draw(5, ours)
-        b = load_pairs(str(pairs), plain, rank=rank, world=2).draw(5, theirs)
+        a = load_pairs(str(pairs), bundle, cache=settings.data.cache).draw(5, ours)
+        b = load_pairs(str(pairs), plain).draw(5, theirs)
         assert torch.equal(a.latents, b.latents)
         assert torch.equal(a.cond.text, b.cond.text)
         assert torch.equal(a.cond.pooled, b.cond.pooled)

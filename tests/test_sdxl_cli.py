@@ -14,6 +14,7 @@ from sid_train.cli import main
 from sid_train.core.recipe import read_recipe
 from sid_train.data.pairs import load_pairs
 from sid_train.models.bundle import load_model
+from sid_train.rng import BatchRNG
 from sid_train.trainer import CHECKPOINT_FILE
 
 PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "an old map"]
@@ -141,7 +142,7 @@ def test_whole_networks_in_bf16_with_pairs_from_a_cache(settings, folder, tmp_pa
 
 def test_pairs_keep_their_own_conditioning(teacher, folder):
     bundle = load_model(teacher, None, 64)
-    real = load_pairs(str(folder / "pairs"), bundle).draw(8, torch.Generator().manual_seed(0))
+    real = load_pairs(str(folder / "pairs"), bundle).draw(8, BatchRNG(torch.Generator().manual_seed(0)))
     expected = bundle.conditioner.encode(PROMPTS)
     for text, pooled, latents in zip(real.cond.text, real.cond.pooled, real.latents, strict=True):
         (match,) = [i for i in range(3) if torch.allclose(expected.pooled[i], pooled, atol=1e-5)]

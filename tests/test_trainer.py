@@ -163,20 +163,23 @@ def test_sid2a_starts_from_a_generator(tmp_path):
 
 
 def test_two_processes_train_one_generator(tmp_path):
-    """torchrun with two gloo processes: the ranks draw different noise and end with the same weights."""
+    """torchrun with two gloo processes: the ranks draw different rows and end with the same weights and generators."""
     script = tmp_path / "check.py"
     script.write_text(
         "import sys, torch\n"
         "from pathlib import Path\n"
         "from sid_train.config import load_config\n"
+        "from sid_train.distributed import batch_parts\n"
         "from sid_train.trainer import Trainer\n"
         "torch.set_num_threads(1)\n"
         "t = Trainer(load_config('demo', sys.argv[2:]), Path(sys.argv[1]))\n"
         "t.run()\n"
         "state = torch.cat([p.detach().flatten() for n in (t.generator, t.fake_score) for p in n.parameters()])\n"
-        "states, draws = t.accelerator.gather(state[None]), t.accelerator.gather(torch.randn(1, 4, generator=t.rng))\n"
+        "parts = list(batch_parts(t.accelerator, t.rng, 1))\n"
+        "states, draws = t.accelerator.gather(state[None]), t.accelerator.gather(parts[0].randn(1, 4))\n"
+        "after = t.accelerator.gather(t.rng.get_state()[None])\n"
         "assert t.accelerator.num_processes == 2 and torch.equal(states[0], states[1])\n"
-        "assert not torch.equal(draws[0], draws[1])\n"
+        "assert not torch.equal(draws[0], draws[1]) and torch.equal(after[0], after[1])\n"
         "print('ranks agree')\n"
     )
     overrides = ["training.batch_size=4", "training.iterations=2", "training.tracker=none", "training.accumulate=2",
@@ -199,7 +202,7 @@ def test_snapshots_are_the_average_at_that_time(tmp_path):
     assert recipe.training_summary["iterations"] == "2"
     for a, b in zip(early.denoiser.parameters(), last.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such file"):
+    with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such snapshot"):
         load_run_generator(tmp_path / "long", 1)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..distiller import RealBatch
 from ..files import replacing, write_text
 from ..models.conditioning import Conditioning
+from ..rng import BatchRNG
 from .pairs import RowPicker
 from .pictures import Pictures
 
@@ -164,11 +165,11 @@ class CachedRows:
 class CachedPairs:
     """Latents and their own prompts' conditioning from a cache (a ``PairSource``)."""
 
-    def __init__(self, shards: Shards, rank: int, world: int):
+    def __init__(self, shards: Shards):
         self.shards = shards
-        self.picker = RowPicker(shards.latent_shapes, rank, world)
+        self.picker = RowPicker(shards.latent_shapes)
 
-    def draw(self, batch: int, rng: torch.Generator) -> RealBatch:
+    def draw(self, batch: int, rng: BatchRNG) -> RealBatch:
         tensors = self.shards.read(self.picker.draw(batch, rng))
         return RealBatch(tensors["latents"].to(rng.device), _conditioning(tensors).to(rng.device))
 
@@ -188,8 +189,8 @@ class Cache:
     def prompts(self) -> CachedRows:
         return CachedRows(Shards(self.folder, self.index["prompts"], self.facts))
 
-    def pairs(self, rank: int, world: int) -> CachedPairs:
-        return CachedPairs(Shards(self.folder, self.index["pairs"], self.facts), rank, world)
+    def pairs(self) -> CachedPairs:
+        return CachedPairs(Shards(self.folder, self.index["pairs"], self.facts))
 
     def unconditional(self, kind: Unconditional) -> Conditioning:
         """The embedding of no text, a single row."""

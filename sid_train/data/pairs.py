@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..distiller import RealBatch
 from ..models.conditioning import Conditioning
+from ..rng import BatchRNG
 from .pictures import Pictures, Size, bucket_sizes, cut_out, nearest_bucket, open_pictures
-from .table import EncodedRows, LiveRows, rank_rows
+from .table import EncodedRows, LiveRows
 
 if TYPE_CHECKING:
     from ..models.bundle import ModelBundle
@@ -21,25 +22,22 @@ if TYPE_CHECKING:
 class PairSource(Protocol):
     """Real image-text pairs for the Diffusion-GAN branch."""
 
-    def draw(self, batch: int, rng: torch.Generator) -> RealBatch: ...
+    def draw(self, batch: int, rng: BatchRNG) -> RealBatch: ...
 
 
 class RowPicker:
-    """Which rows make a batch: all from one group, whose latents have one shape; from this process's share of them."""
+    """Which rows make a batch: all from one group, whose latents have one shape."""
 
-    def __init__(self, groups: Sequence[Hashable], rank: int = 0, world: int = 1):
+    def __init__(self, groups: Sequence[Hashable]):
         self.groups = groups
-        self.share = rank_rows(len(groups), rank, world, "data.pairs")
         self.members: dict[Hashable, list[int]] = {}
-        for row in self.share:
-            self.members.setdefault(groups[row], []).append(row)
+        for row, group in enumerate(groups):
+            self.members.setdefault(group, []).append(row)
 
-    def draw(self, batch: int, rng: torch.Generator) -> list[int]:
+    def draw(self, batch: int, rng: BatchRNG) -> list[int]:
         """``batch`` rows, uniformly with replacement from the group of a uniformly drawn row."""
-        first = torch.randint(len(self.share), (1,), generator=rng, device=rng.device).item()
-        members = self.members[self.groups[self.share[int(first)]]]
-        index = torch.randint(len(members), (batch,), generator=rng, device=rng.device)
-        return [members[i] for i in index.tolist()]
+        members = self.members[self.groups[rng.integer(len(self.groups))]]
+        return [members[i] for i in rng.randint(0, len(members), batch).tolist()]
 
 
 class PicturePairs:
@@ -49,10 +47,10 @@ class PicturePairs:
     buckets it is cut to the nearest of SDXL's sizes, and its time ids say what it was and what was cut.
     """
 
-    def __init__(self, pictures: Pictures, bundle: ModelBundle, buckets: bool = False, rank: int = 0, world: int = 1):
+    def __init__(self, pictures: Pictures, bundle: ModelBundle, buckets: bool = False):
         self.pictures, self.codec, self.buckets = pictures, bundle.codec, buckets
         self.sizes = picture_sizes(pictures, bundle, buckets)
-        self.picker = RowPicker(self.sizes, rank, world)
+        self.picker = RowPicker(self.sizes)
         self.captions: EncodedRows = LiveRows([entry.caption for entry in pictures.entries], bundle.conditioner)
 
     def encode(self, row: int) -> tuple[Tensor, Conditioning]:
@@ -65,7 +63,7 @@ class PicturePairs:
             cond = Conditioning(cond.text, cond.pooled, torch.tensor([time_ids], dtype=cond.time_ids.dtype))
         return latents, cond
 
-    def draw(self, batch: int, rng: torch.Generator) -> RealBatch:
+    def draw(self, batch: int, rng: BatchRNG) -> RealBatch:
         latents, conds = zip(*map(self.encode, self.picker.draw(batch, rng)), strict=True)
         return RealBatch(torch.cat(latents).to(rng.device), Conditioning.cat(conds).to(rng.device))
 
@@ -79,9 +77,7 @@ def picture_sizes(pictures: Pictures, bundle: ModelBundle, buckets: bool) -> lis
     return [nearest_bucket((image.height, image.width), sizes) for image in images]
 
 
-def load_pairs(
-    source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "", rank: int = 0, world: int = 1
-) -> PairSource:
+def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "") -> PairSource:
     """The pairs that ``data.pairs`` names, or those that ``cache`` made of them; neither the text encoder nor the
     latent codec of ``bundle`` is then used.
     """
@@ -92,12 +88,12 @@ def load_pairs(
         return DigitPairs(bundle.codec, bundle.conditioner)
     pictures = open_pictures(source)
     if not cache:
-        return PicturePairs(pictures, bundle, buckets, rank, world)
+        return PicturePairs(pictures, bundle, buckets)
     from .cache import Cache, model_facts, pair_facts
 
     opened = Cache(Path(cache))
     opened.expect(model_facts(bundle) | pair_facts(pictures, buckets))
-    return opened.pairs(rank, world)
+    return opened.pairs()
 
 
 def _refuse_for_demo(buckets: bool, cache: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ..models.conditioning import Conditioner, Conditioning
+from ..rng import BatchRNG
 from .prompts import load_prompts
 
 if TYPE_CHECKING:
@@ -50,15 +51,8 @@ class LiveRows:
         return encode_prompts(self.conditioner, [self.prompts[row] for row in rows])
 
 
-def rank_rows(count: int, rank: int, world: int, what: str) -> range:
-    """Every ``world``-th row from ``rank`` on: the ranks' shares are disjoint and cover all ``count`` rows."""
-    if count < world:
-        raise ValueError(f"{what}: expected at least one for each of {world} processes, got {count}")
-    return range(rank, count, world)
-
-
 class PromptTable:
-    """The prompts of one process of a run; batches are drawn from its own share of them.
+    """The prompts of a run, in batches.
 
     unconditional: the embedding of no text, a single row on ``device``
     """
@@ -69,24 +63,20 @@ class PromptTable:
         encoded: EncodedRows,
         unconditional: Conditioning,
         device: torch.device | str = "cpu",
-        rank: int = 0,
-        world: int = 1,
     ):
         self.prompts, self.encoded, self.device = prompts, encoded, device
         self.unconditional = unconditional.to(device)
-        self.share = rank_rows(len(prompts), rank, world, "data.prompts")
 
     def read(self, rows: Sequence[int]) -> Conditioning:
         """The conditioning of any prompts of the run, by their place in ``prompts``."""
         return self.encoded.read(rows).to(self.device)
 
-    def draw_rows(self, batch: int, rng: torch.Generator) -> list[int]:
-        """``batch`` rows of this process's share, uniformly with replacement: the generator is all the state."""
-        index = torch.randint(len(self.share), (batch,), generator=rng, device=rng.device)
-        return [self.share[i] for i in index.tolist()]
+    def draw_rows(self, batch: int, rng: BatchRNG) -> list[int]:
+        """``batch`` rows, uniformly with replacement: the generator is all the state."""
+        return rng.randint(0, len(self.prompts), batch).tolist()
 
-    def draw(self, batch: int, rng: torch.Generator) -> Conditioning:
-        """The conditioning of ``batch`` prompts of this process's share."""
+    def draw(self, batch: int, rng: BatchRNG) -> Conditioning:
+        """The conditioning of ``batch`` prompts."""
         return self.read(self.draw_rows(batch, rng))
 
 
@@ -95,17 +85,18 @@ def load_prompt_table(
     bundle: ModelBundle,
     unconditional: Unconditional,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
+    report: bool = True,
 ) -> PromptTable:
-    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used."""
-    prompts = load_prompts(data.prompts, report=rank == 0)
+    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used.
+    ``report`` prints how many were dropped.
+    """
+    prompts = load_prompts(data.prompts, report)
     if not data.cache:
         no_text = bundle.unconditional(unconditional)  # first: LiveRows frees the text encoders when it is done
         encoded = LiveRows(prompts, bundle.conditioner)
-        return PromptTable(prompts, encoded, no_text, device, rank, world)
+        return PromptTable(prompts, encoded, no_text, device)
     from .cache import Cache, model_facts, prompt_facts
 
     cache = Cache(Path(data.cache))
     cache.expect(model_facts(bundle) | prompt_facts(prompts))
-    return PromptTable(prompts, cache.prompts(), cache.unconditional(unconditional), device, rank, world)
+    return PromptTable(prompts, cache.prompts(), cache.unconditional(unconditional), device)

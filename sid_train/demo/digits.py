@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..distiller import RealBatch
 from ..models.conditioning import Conditioner, LatentCodec
+from ..rng import BatchRNG
 
 Split = Literal["teacher", "classifier", "reference"]
 SPLIT_SIZES: dict[str, int] = {"teacher": 897, "classifier": 450, "reference": 450}
@@ -125,10 +126,10 @@ class DigitPairs:
         self.codec, self.real = codec, RealDigits("teacher")
         self.cond = conditioner.encode([s.prompt for s in TRAINING_SUBJECTS])
 
-    def draw(self, batch: int, rng: torch.Generator) -> RealBatch:
-        # The digits are drawn on the CPU, whatever the generator's device.
-        seed = torch.randint(2**62, (1,), generator=rng, device=rng.device).item()
-        generator = torch.Generator().manual_seed(int(seed))
-        index = torch.randint(len(TRAINING_SUBJECTS), (batch,), generator=generator)
+    def draw(self, batch: int, rng: BatchRNG) -> RealBatch:
+        # The digits are drawn on the CPU, whatever the generator's device, and for the whole batch: they are tiny.
+        generator = torch.Generator().manual_seed(rng.integer(2**62))
+        index = torch.randint(len(TRAINING_SUBJECTS), (batch * rng.parts,), generator=generator)
         images = self.real.draw([TRAINING_SUBJECTS[i] for i in index.tolist()], generator)
+        images, index = images[rng.rows(batch)], index[rng.rows(batch)]
         return RealBatch(self.codec.encode(images).to(rng.device), self.cond[index].to(rng.device))

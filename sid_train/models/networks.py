@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,26 +32,35 @@ def build_networks(
     adapter: AdapterConfig,
     frozen_dtype: str,
     gradient_checkpointing: bool,
+    place: Callable[[UNetDenoiser], object],
 ) -> Networks:
-    """Networks with the teacher's weights (the generator: ``init_generator``'s, where there is one).
+    """Networks with the teacher's weights (the generator: ``init_generator``'s, where there is one), both on the CPU.
 
     Whole networks are trained in fp32; ``frozen_dtype`` is that of the teacher, over which adapters are put in place.
+    ``place`` moves each network, once it is made, to where it computes: main memory holds one copy at a time.
     """
     # No dropout or batch statistics in these networks: eval() everywhere, so that all compute alike.
     teacher.eval().requires_grad_(False)
     if adapter.rank:
         assert not isinstance(init_generator, UNetDenoiser)
-        return _adapters(teacher.to(DTYPES[frozen_dtype]), init_generator, adapter, gradient_checkpointing)
+        place(teacher.to(DTYPES[frozen_dtype]))
+        return _adapters(teacher, init_generator, adapter, gradient_checkpointing)
     assert not isinstance(init_generator, dict)
-    device = next(teacher.parameters()).device
-    generator = copy.deepcopy(init_generator or teacher).to(device, torch.float32).eval()
-    ema = copy.deepcopy(generator).requires_grad_(False)
-    fake_score = copy.deepcopy(teacher).float()
-    if gradient_checkpointing:
-        for network in (generator, fake_score, teacher):
+
+    def placed(network: UNetDenoiser, dtype: torch.dtype, trained: bool) -> UNetDenoiser:
+        network.to(dtype).eval().requires_grad_(trained)
+        if gradient_checkpointing:
             network.unet.enable_gradient_checkpointing()
-    teacher.to(DTYPES[frozen_dtype])
-    return Networks(generator.requires_grad_(True), fake_score.requires_grad_(True), ema, teacher)
+        place(network)
+        return network
+
+    start = init_generator or teacher
+    return Networks(
+        generator=placed(copy.deepcopy(start), torch.float32, trained=True),
+        generator_ema=placed(copy.deepcopy(start), torch.float32, trained=False),
+        fake_score=placed(copy.deepcopy(teacher), torch.float32, trained=True),
+        teacher=placed(teacher, DTYPES[frozen_dtype], trained=False),
+    )
 
 
 def _adapters(

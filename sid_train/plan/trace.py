@@ -17,6 +17,7 @@ from ..distiller import Distiller, RealBatch
 from ..ema import EMA
 from ..models.conditioning import Conditioning
 from ..models.networks import Networks, build_networks
+from ..rng import BatchRNG
 from ..sample import pictures_at_once
 from .architecture import Architecture
 from .tracker import Tracker, normalise_as_cuda
@@ -139,7 +140,7 @@ class _Run:
             )
             # Every earlier step runs without gradient and leaves nothing behind: one of them is enough.
             step = config.method.steps if config.method.matching == "final" else min(config.method.steps, 2)
-            rng = torch.Generator()
+            rng = BatchRNG(torch.Generator())
             adversarial = config.gan.enabled
             optimizers = {role: self._optimizer(role) for role in ("fake score", "generator")}
 

@@ -18,6 +18,7 @@ from sid_train.models.adapters import (
     merge_adapter,
 )
 from sid_train.models.bundle import load_model
+from sid_train.rng import BatchRNG
 
 RANK = 4
 ROLES = ("generator", "fake_score")
@@ -69,7 +70,7 @@ def gradients(bundle, networks, method: MethodConfig, adversarial: bool, loss: s
         method,
         GANConfig(generator_weight=0.5),
     )
-    rng = torch.Generator().manual_seed(3)
+    rng = BatchRNG(torch.Generator().manual_seed(3))
     if loss == "generator":
         losses = distiller.generator_loss(cond, 2, rng, adversarial)
     else:

@@ -17,6 +17,7 @@ from sid_train.core.noise_schedule import NoiseSchedule
 from sid_train.distiller import Distiller, MethodConfig
 from sid_train.losses import add_noise, sid_loss
 from sid_train.models.conditioning import Conditioning
+from sid_train.rng import BatchRNG
 
 SCHEDULE = NoiseSchedule.sdxl()
 
@@ -147,7 +148,7 @@ def test_generator_gradient_is_half_of_the_fisher_divergences(t, alpha):
         (2,),
         MethodConfig(steps=1, alpha=alpha, weighting="uniform", t_min=t, t_max=t + 1),
     )
-    distiller.generator_loss(nothing(64), 1, torch.Generator().manual_seed(0))["sid"].backward()
+    distiller.generator_loss(nothing(64), 1, BatchRNG(torch.Generator().manual_seed(0)))["sid"].backward()
     variance = SCHEDULE.sigmas[t].item() ** 2
     divergence_gradient = 2 * mean * (variance / (std**2 + variance)) ** 2
     torch.testing.assert_close(generator.mean.grad, divergence_gradient / 2, rtol=1e-4, atol=1e-5)
@@ -185,12 +186,12 @@ def distil(steps: int, start: Network, iterations: int = 1200, batch: int = 256)
     distiller = Distiller(
         generator, fake_score, TEACHER, SCHEDULE, nothing(1), (2,), MethodConfig(steps=steps, t_init=625)
     )
-    rng, cond = torch.Generator().manual_seed(steps), nothing(batch)
+    rng, cond = BatchRNG(torch.Generator().manual_seed(steps)), nothing(batch)
     generator_optimizer = torch.optim.Adam(generator.parameters(), 1.5e-3, betas=(0.0, 0.999))
     fake_optimizer = torch.optim.Adam(fake_score.parameters(), 3e-3, betas=(0.0, 0.999))
     for i in range(iterations):
         generator_optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, 2 * (1 - i / iterations))
-        step = distiller.draw_step(rng)
+        step = distiller.draw_step(rng.generator)
         for optimizer, loss in (
             (fake_optimizer, distiller.fake_score_loss),
             (generator_optimizer, distiller.generator_loss),
@@ -210,7 +211,7 @@ def distances(distiller: Distiller, generator: Network) -> list[float]:
     distiller.generator = generator
     data = TEACHER.sample(SAMPLES, torch.Generator().manual_seed(99))
     return [
-        sliced_wasserstein(distiller.rollout(nothing(SAMPLES), k, torch.Generator().manual_seed(k)), data)
+        sliced_wasserstein(distiller.rollout(nothing(SAMPLES), k, BatchRNG(torch.Generator().manual_seed(k))), data)
         for k in range(1, distiller.method.steps + 1)
     ]
 

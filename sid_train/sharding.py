@@ -1,0 +1,35 @@
+"""Whole networks sharded over a run's processes with PyTorch's fully_shard (FSDP2): each holds its part of every
+parameter, its gradient and its optimizer states, and gathers a block's weights while the block runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from .models.unet import UNetDenoiser
+
+# Gathered and freed one by one; they are also what gradient checkpointing computes again. Nearly all of SDXL's weights
+# are in them; the rest is gathered with the root.
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+
+
+def shard(network: UNetDenoiser, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:
+    """Leaves on this process's device its part of every parameter of ``network``, as DTensors in their own dtype.
+
+    Blocks compute in ``compute_dtype``, if it is given; gradients are averaged in fp32.
+    """
+    options = {
+        "mesh": mesh,
+        # Inputs are not cast: UNetDenoiser casts what the UNet gets itself, and its own arithmetic stays in fp32.
+        "mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        # Of the root, too: outside of a pass parameters() are then always the parts, which optimizer, average and
+        # requires_grad_() rely on.
+        "reshard_after_forward": True,
+    }
+    for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
+        fully_shard(block, **options)
+    fully_shard(network, **options)
