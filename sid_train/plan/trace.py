@@ -115,6 +115,7 @@ class _Run:
                 config.adapter,
                 config.model.frozen_dtype,
                 config.training.gradient_checkpointing,
+                place=lambda network: None,
             )
             if compute_dtype is not None:
                 for network in vars(networks).values():
