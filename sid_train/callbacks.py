@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from .clip_score import CLIPScorer
 from .files import replacing, write_text
 from .images import image_grid, to_pil
 from .sample import sample_latents
@@ -82,33 +83,73 @@ class Progress(Callback):
             self.bar.close()
 
 
-class Grids(Callback):
-    """Pictures of the averaged generator for the same prompts and noise, every ``every`` iterations."""
+class Pictures(Callback):
+    """Pictures of the averaged generator for prompts spread evenly over the run's own, always with the same noise."""
 
     PICTURES = 32
-    COLUMNS = 8
+    SEED = 0
     every_rank = True
 
-    def __init__(self, every: int, seed: int = 0):
-        self.every, self.seed = every, seed
+    def __init__(self, every: int):
+        self.every = every
 
     def on_start(self, trainer: Trainer) -> None:
-        # Evenly spread over the run's own prompts.
-        rows = torch.linspace(0, len(trainer.prompts.prompts) - 1, self.PICTURES).long()
-        self.cond = trainer.prompts.read(rows.tolist())
+        rows = torch.linspace(0, len(trainer.prompts.prompts) - 1, self.PICTURES).long().tolist()
+        self.prompts = [trainer.prompts.prompts[row] for row in rows]
+        self.cond = trainer.prompts.read(rows)
 
     def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
         if trainer.iteration % self.every:
             return
         latents = sample_latents(
-            trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.seed
+            trainer.ema.average, self.cond, trainer.bundle.latent_shape, trainer.recipe(), self.SEED
         )
-        if not trainer.accelerator.is_main_process:
-            return
-        grid = image_grid(trainer.bundle.codec.decode(latents.cpu()), columns=self.COLUMNS)
+        if trainer.accelerator.is_main_process:
+            self.show(trainer, trainer.bundle.codec.decode(latents.cpu()))
+
+    def show(self, trainer: Trainer, images: torch.Tensor) -> None:
+        """On the main process: images [PICTURES, 3, H, W] in [-1, 1], not clamped."""
+        raise NotImplementedError
+
+
+class Grids(Pictures):
+    """A picture of them every ``every`` iterations."""
+
+    COLUMNS = 8
+
+    def show(self, trainer: Trainer, images: torch.Tensor) -> None:
+        grid = image_grid(images, columns=self.COLUMNS)
         with replacing(trainer.run_dir / "grids" / f"{trainer.iteration:06d}.png") as temporary:
             to_pil(grid).save(temporary, format="PNG")
         log_image(trainer.accelerator, "samples", grid, trainer.iteration)
+
+
+class SnapshotScores(Pictures):
+    """The CLIP score of every snapshot, in ``clip.jsonl``."""
+
+    FILE = "clip.jsonl"
+
+    def __init__(self, every: int, clip_model: str):
+        super().__init__(every)
+        self.scorer = CLIPScorer(clip_model)
+
+    def on_start(self, trainer: Trainer) -> None:
+        super().on_start(trainer)
+        if trainer.accelerator.is_main_process:
+            rewind_log(trainer.run_dir / self.FILE, trainer.iteration)
+
+    def show(self, trainer: Trainer, images: torch.Tensor) -> None:
+        score = self.scorer.score(images, self.prompts)
+        append_log(trainer.run_dir / self.FILE, {"iteration": trainer.iteration, "clip_score": score})
+        trainer.accelerator.log({"clip_score": score}, step=trainer.iteration)
+
+
+def best_snapshot(run_dir: Path) -> int:
+    """The iteration of the snapshot with the highest CLIP score; 0 where a run has none, so that its last checkpoint is
+    the best that is known.
+    """
+    scores = read_log(run_dir / SnapshotScores.FILE)
+    return max(scores, key=lambda entry: entry["clip_score"])["iteration"] if scores else 0
 
 
 def log_image(accelerator: Accelerator, name: str, image: torch.Tensor, step: int) -> None:

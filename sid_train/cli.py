@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -30,12 +31,12 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    from .callbacks import Grids
+    from .callbacks import Callback, Grids, SnapshotScores, best_snapshot
     from .config import load_config
     from .distributed import is_first_process
     from .dry_run import dry_run
     from .export import export_any
-    from .plan.command import refuse_what_cannot_fit
+    from .plan.command import hardware_of_run, refuse_what_cannot_fit
     from .trainer import Trainer
 
     config = load_config(args.config, args.set)
@@ -44,14 +45,21 @@ def distill(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(dry_run(config, args.out))
         return
-    if not args.force:
-        refuse_what_cannot_fit(config)
-    every = config.training.grid_every
-    trainer = Trainer(config, args.out, [Grids(every)] if every else [])
+    hardware = hardware_of_run()
+    if hardware is not None and os.environ.get("RANK", "0") == "0" and not args.force:
+        refuse_what_cannot_fit(config, hardware)
+    training = config.training
+    callbacks: list[Callback] = [Grids(training.grid_every)] if training.grid_every else []
+    if training.clip_model:
+        callbacks.append(SnapshotScores(training.snapshot_every, training.clip_model))
+    trainer = Trainer(config, args.out, callbacks)
     trainer.run()
     if trainer.accelerator.is_main_process:
         file = args.out / "generator.safetensors"
-        export_any(args.out, file)
+        best = best_snapshot(args.out)
+        export_any(args.out, file, iteration=best)
+        if best:
+            print(f"The snapshot of iteration {best} has the highest CLIP score (clip.jsonl).")
         base = f" --base {config.model.teacher}" if config.adapter.rank and config.model.teacher != "demo" else ""
         print(f"Exported {file}. Sample it: python -m sid_train sample {file}{base} --prompt ...")
 

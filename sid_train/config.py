@@ -141,6 +141,9 @@ class TrainingConfig:
     """Iterations between checkpoints."""
     snapshot_every: int = 0
     """Iterations between copies of the averaged generator that are kept, for ``export --iteration``; 0 keeps none."""
+    clip_model: str = ""
+    """A CLIP model, as a folder or hub id such as openai/clip-vit-large-patch14, that scores each snapshot on the CPU:
+    what is exported in the end is the one with the highest score. Empty: it is the last."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where losses and grids are logged besides the run folder."""
 
@@ -153,6 +156,10 @@ class TrainingConfig:
         for name in ("generator_start_images", "grid_every", "snapshot_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.clip_model and not self.snapshot_every:
+            raise ValueError(
+                "training.clip_model: unused while training.snapshot_every is 0: set it, or drop the model"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"training.accumulate: expected a divisor of training.batch_size ({self.batch_size}), "
@@ -171,6 +178,7 @@ FREE_KEYS = {
         "grid_every",
         "checkpoint_every",
         "snapshot_every",
+        "clip_model",
         "tracker",
     )
 }

@@ -84,3 +84,20 @@ def record_calls() -> Callable[[UNetDenoiser], list[Call]]:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> str:
+    """A small random CLIP model in transformers' format."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from sid_train.models.sdxl_text import sdxl_tokenizers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 8}, projection_dim=16)
+    path = tmp_path_factory.mktemp("clip") / "small-clip"
+    CLIPModel(config).save_pretrained(path)
+    size = {"size": {"shortest_edge": 32}, "crop_size": 32}
+    CLIPProcessor(CLIPImageProcessor(**size), sdxl_tokenizers()[0]).save_pretrained(path)
+    return str(path)

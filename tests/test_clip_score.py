@@ -5,24 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from sid_train.clip_score import CLIPScorer
-from sid_train.models.sdxl_text import sdxl_tokenizers
 
 PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "word " * 100]
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 8}, projection_dim=16)
-    path = tmp_path_factory.mktemp("clip") / "small-clip"
-    CLIPModel(config).save_pretrained(path)
-    size = {"size": {"shortest_edge": 32}, "crop_size": 32}
-    CLIPProcessor(CLIPImageProcessor(**size), sdxl_tokenizers()[0]).save_pretrained(path)
-    return str(path)
 
 
 def test_score_is_the_mean_of_transformers_similarities(clip_folder):

@@ -188,3 +188,14 @@ def test_convert_and_inspect(teacher, tmp_path, capsys):
     assert "999 749 499 249" in capsys.readouterr().out
     assert main(["convert", str(source), "--recipe", "DMD3", "-o", str(tmp_path / "x.safetensors")]) == 2
     assert "expected one of SiD 625" in capsys.readouterr().err
+
+
+def test_the_snapshot_with_the_highest_clip_score_is_exported(settings, clip_folder, tmp_path, capsys):
+    keep = ["--set", "training.snapshot_every=1", "--set", f"training.clip_model={clip_folder}"]
+    run("distill", *RECIPE, *settings, *keep, "--out", tmp_path / "run")
+    scores = {entry["iteration"]: entry["clip_score"] for entry in read_log(tmp_path / "run" / "clip.jsonl")}
+    assert list(scores) == [1, 2]
+    best = max(scores, key=scores.get)
+    assert f"The snapshot of iteration {best} has" in capsys.readouterr().out
+    recipe = read_recipe(tmp_path / "run" / "generator.safetensors")
+    assert recipe.training_summary["iterations"] == str(best)

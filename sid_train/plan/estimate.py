@@ -243,15 +243,14 @@ def make_planner(config: Config, progress: bool = False) -> Planner:
 
 def sharding_of(config: Config) -> Sharding:
     """How the configuration shards whole networks."""
-    return getattr(config.training, "sharding", "none")
+    return config.training.sharding
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
     values = dataclasses.asdict(config)
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        if name in values[section]:  # training.sharding is not a key of every version
-            values[section][name] = value
+        values[section][name] = value
     return config_from_dict(values, "plan")
 
 
