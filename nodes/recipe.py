@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from comfy_api.latest import io, ui
 
-from ..sid_train.core.noise_schedule import NoiseSchedule
 from ..sid_train.core.recipe import PRESETS, SAMPLING_GUIDANCES, RecipeError, SiDRecipe
 from ..sid_train.core.sampling import NOISE_MODES, timestep_ladder
 from .common import RecipeType, check_choice, schema, show
@@ -30,8 +29,7 @@ class SiDRecipeInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, recipe: SiDRecipe) -> io.NodeOutput:
-        sigmas = NoiseSchedule.sdxl(recipe.zero_terminal_snr).sigmas[list(recipe.timesteps)]
-        text = recipe.describe() + "\nsigmas  " + " ".join(f"{s:.4f}" for s in sigmas.tolist())
+        text = recipe.describe()
         show(cls, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .noise_schedule import PREDICTION_TYPES, PredictionType
+import torch
+
+from .noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
 from .sampling import DEFAULT_T_INIT, NOISE_MODES, NoiseMode, check_timesteps, timestep_ladder
 
 FORMAT_VERSION = 1
@@ -211,25 +213,26 @@ class SiDRecipe:
         return replace(recipe, title="") if recipe.title == recipe.default_title else recipe
 
     def describe(self) -> str:
-        """The recipe for people: a line a fact."""
+        """The recipe for people: a line a fact, what matters for sampling first."""
+        sigmas = NoiseSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
-            ("base model", self.base_model),
-            ("base model hash", self.base_model_hash or "unknown"),
-            ("architecture", self.architecture),
-            ("prediction type", self.prediction_type + (", zero terminal SNR" * self.zero_terminal_snr)),
-            ("steps", self.steps),
-            ("timesteps", " ".join(map(str, self.timesteps)) + f"  (t_init {self.t_init}, {self.ladder} ladder)"),
+            ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
+            ("sigmas", " ".join(f"{s:.4f}" for s in sigmas.tolist())),
             ("noise mode", self.noise_mode + ", first noise of unit variance" * self.unit_variance_start),
-            ("training resolution", "x".join(map(str, self.training_resolution))),
-            ("unconditional", self.unconditional),
-            ("licence", self.licence or "not stated"),
             ("sample with guidance", f"{self.sampling_guidance} (CFG {self.sampling_cfg:g})"),
             (
                 "trained with guidance",
                 f"{self.guidance.strategy} (teacher {self.guidance.teacher:g}, fake score trained at "
                 f"{self.guidance.fake_train:g} and evaluated at {self.guidance.fake_eval:g})",
             ),
+            ("prediction type", self.prediction_type + (", zero terminal SNR" * self.zero_terminal_snr)),
+            ("architecture", self.architecture),
+            ("base model", self.base_model),
+            ("base model hash", self.base_model_hash or "unknown"),
+            ("training resolution", "x".join(map(str, self.training_resolution))),
+            ("unconditional", self.unconditional),
+            ("licence", self.licence or "not stated"),
             *((f"training: {k}", v) for k, v in sorted(self.training_summary.items())),
         ]
         width = max(len(name) for name, _ in rows)

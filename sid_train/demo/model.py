@@ -15,6 +15,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import Embedding
 
 from ..core.noise_schedule import NoiseSchedule
 from ..models.bundle import ModelBundle, file_sha256
@@ -59,8 +60,8 @@ class DigitConditioner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(len(VOCABULARY), TEXT_WIDTH)
-        self.positions = nn.Embedding(MAX_TOKENS, TEXT_WIDTH)
+        self.words = Embedding(len(VOCABULARY), TEXT_WIDTH)
+        self.positions = Embedding(MAX_TOKENS, TEXT_WIDTH)
         self.requires_grad_(False)
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ def test_workflow_in_the_frontend(page, server, name, tmp_path):
 
 def photograph(page, path: Path) -> None:
     """The whole graph, a pixel of the frontend a pixel of the picture."""
-    width, height = page.evaluate(
+    box = page.evaluate(
         """(margins) => {
             const boxes = app.graph.nodes.map((n) => n.getBounding());
             const from = [0, 1].map((i) => Math.min(...boxes.map((b) => b[i])));
@@ -88,19 +88,16 @@ def photograph(page, path: Path) -> None:
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [margins.x - from[0], margins.y - from[1]];
             app.canvas.setDirty(true, true);
-            return [to[0] - from[0], to[1] - from[1]];
+            const canvas = app.canvas.canvas.getBoundingClientRect();
+            return {
+                x: canvas.x + margins.x, y: canvas.y + margins.y, width: to[0] - from[0], height: to[1] - from[1],
+            };
         }""",
         MARGINS,
     )
-    around = 20
-    page.set_viewport_size({"width": int(width) + 400, "height": int(height) + 400})
+    page.set_viewport_size({"width": int(box["width"]) + 400, "height": int(box["height"]) + 400})
     page.wait_for_timeout(500)
-    page.screenshot(
-        path=str(path),
-        clip={
-            "x": MARGINS["x"] - around,
-            "y": MARGINS["y"] - around,
-            "width": width + 2 * around,
-            "height": height + 2 * around,
-        },
-    )
+    around = 20
+    clip = {"x": box["x"] - around, "y": box["y"] - around}
+    clip |= {"width": box["width"] + 2 * around, "height": box["height"] + 2 * around}
+    page.screenshot(path=str(path), clip=clip)

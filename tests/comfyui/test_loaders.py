@@ -98,7 +98,7 @@ class TestRecipeNodes:
     def test_info(self, nodes, recipes):
         (text,) = run(nodes["SiDRecipeInfo"], recipe=recipes.SiDRecipe())
         assert "625 468 312 156" in text
-        assert "sigmas  2.5" in text
+        assert "2.5017 1.4553 0.8680 0.4696" in text
 
 
 class TestTrainingRecipe:

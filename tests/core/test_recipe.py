@@ -22,7 +22,7 @@ from sid_train.core.sampling import timestep_ladder
 OTHERS = {
     "default": SiDRecipe(title="default"),
     "v zero SNR": SiDRecipe(
-        base_model="anime é 漫画",
+        base_model="anime \u00e9 \u6f2b\u753b",
         architecture="digits",
         prediction_type="v_prediction",
         zero_terminal_snr=True,

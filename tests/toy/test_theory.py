@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from sid_train.core.noise_schedule import NoiseSchedule
 from sid_train.distiller import Distiller, MethodConfig
@@ -51,10 +52,10 @@ class Network(nn.Module):
     def __init__(self, width: int = 128):
         super().__init__()
         self.layers = nn.Sequential(
-            *(nn.Linear(3, width), nn.SiLU()),
-            *(nn.Linear(width, width), nn.SiLU()),
-            *(nn.Linear(width, width), nn.SiLU()),
-            nn.Linear(width, 2),
+            *(Linear(3, width), nn.SiLU()),
+            *(Linear(width, width), nn.SiLU()),
+            *(Linear(width, width), nn.SiLU()),
+            Linear(width, 2),
         )
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning | None = None) -> Tensor:
