@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +35,7 @@ def distill(args: argparse.Namespace) -> None:
     from .config import load_config
     from .dry_run import dry_run
     from .export import export_any
-    from .plan.command import refuse_what_cannot_fit
+    from .plan.command import hardware_of_run, refuse_what_cannot_fit
     from .trainer import Trainer
 
     config = load_config(args.config, args.set)
@@ -42,8 +43,9 @@ def distill(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(dry_run(config, args.out))
         return
-    if not args.force:
-        refuse_what_cannot_fit(config)
+    hardware = hardware_of_run()
+    if hardware is not None and os.environ.get("RANK", "0") == "0" and not args.force:
+        refuse_what_cannot_fit(config, hardware)
     every = config.training.grid_every
     trainer = Trainer(config, args.out, [Grids(every)] if every else [])
     trainer.run()

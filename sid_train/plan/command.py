@@ -56,13 +56,17 @@ def find_hardware(gpus: int | None, memory: float | None, reserve: float) -> Har
     return Hardware(gpus or found or 1, memory, reserve)
 
 
-def refuse_what_cannot_fit(config: Config) -> None:
-    """Before a run on CUDA devices: ValueError if it needs more memory than they have. Nothing is kept free here:
-    what is refused is what cannot run.
+def hardware_of_run() -> Hardware | None:
+    """Where this process, and torchrun's others, are about to train; None without CUDA. Nothing of it is kept free:
+    only what certainly cannot run is to be refused.
     """
-    if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0" or config.model.teacher == "demo":
-        return
-    hardware = find_hardware(int(os.environ.get("WORLD_SIZE", "1")), None, 0)
+    if not torch.cuda.is_available():
+        return None
+    return find_hardware(int(os.environ.get("WORLD_SIZE", "1")), None, 0)
+
+
+def refuse_what_cannot_fit(config: Config, hardware: Hardware) -> None:
+    """ValueError if a run needs more memory than there is."""
     result = make_planner(config, progress=True).plan(config, hardware, sharding_of(config))
     if not result.fits:
         raise ValueError(
