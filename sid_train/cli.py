@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -46,7 +45,7 @@ def distill(args: argparse.Namespace) -> None:
         print(dry_run(config, args.out))
         return
     hardware = hardware_of_run()
-    if hardware is not None and os.environ.get("RANK", "0") == "0" and not args.force:
+    if hardware is not None and is_first_process() and not args.force:
         refuse_what_cannot_fit(config, hardware)
     training = config.training
     callbacks: list[Callback] = [Grids(training.grid_every)] if training.grid_every else []

@@ -5,6 +5,7 @@ from torch import Tensor
 from sid_train.demo.model import LATENT_SHAPE
 from sid_train.distiller import Distiller, GANConfig, MethodConfig, RealBatch
 from sid_train.guidance import GuidanceStrategy, guided_denoise, guided_denoise_with_logits
+from sid_train.rng import BatchRNG
 
 STRATEGIES = ["none", "lsg=1.5", "zero-cfg", "anti-cfg=-1", "custom=1,0,2"]
 
@@ -56,8 +57,13 @@ def test_impossible_strategies_are_errors(text, problem):
 
 
 @pytest.fixture
+def rng(rng) -> BatchRNG:
+    return BatchRNG(rng)
+
+
+@pytest.fixture
 def x(rng) -> Tensor:
-    return torch.randn(2, *LATENT_SHAPE, generator=rng)
+    return rng.randn(2, *LATENT_SHAPE)
 
 
 @pytest.fixture
@@ -123,7 +129,7 @@ def test_network_calls_by_strategy(
         calls.clear()
         return count
 
-    real = RealBatch(torch.randn(2, *LATENT_SHAPE, generator=rng), cond)
+    real = RealBatch(rng.randn(2, *LATENT_SHAPE), cond)
     with torch.no_grad():
         for gan, expected in ((False, plain), (True, adversarial)):
             distiller.generator_loss(cond, 1, rng, adversarial=gan)
@@ -149,7 +155,7 @@ def test_discriminator_is_told_each_samples_own_text(
         GANConfig(generator_weight=1),
     )
     calls = record_calls(fake_score)
-    real = RealBatch(torch.randn(2, *LATENT_SHAPE, generator=rng), cond[[1, 0]])
+    real = RealBatch(rng.randn(2, *LATENT_SHAPE), cond[[1, 0]])
     with torch.no_grad():
         distiller.generator_loss(cond, 1, rng, adversarial=True)
         distiller.fake_score_loss(cond, 1, rng, real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,9 +79,9 @@ def test_a_tensor_without_data_is_refused_elsewhere():
 @pytest.mark.parametrize(
     "settings",
     [
-        ["model.resolution=256", "training.batch_size=2", "method.steps=2"],
+        ["model.resolution=128", "training.batch_size=2", "method.steps=2"],
         [
-            "model.resolution=256",
+            "model.resolution=128",
             "model.frozen_dtype=bf16",
             "adapter.rank=16",
             "training.batch_size=2",
@@ -99,7 +100,7 @@ def test_within_15_percent_of_what_a_real_iteration_allocates(teacher, settings,
     fixed = [f"model.teacher={teacher}", f"data.prompts={tmp_path / 'prompts.txt'}", "training.tracker=none"]
     config = load_config(None, [*fixed, *settings])
     real = measure(config, tmp_path / "run")
-    assert real > 50 * MIB
+    assert real > 20 * MIB
     assert planned(config) == pytest.approx(real, rel=0.15)
 
 
@@ -121,9 +122,8 @@ def test_types_are_those_of_autocast_on_cuda(teacher, rank):
     def build() -> tuple[nn.Module, nn.Module]:
         denoiser = read_architecture(teacher, 64).denoiser
         with torch.device("meta"):
-            return build_networks(
-                denoiser, None, config.adapter, "bf16", False, lambda network: None
-            ).generator, denoiser
+            networks = build_networks(denoiser, None, config.adapter, "bf16", False, lambda network: None)
+            return networks.generator, denoiser
 
     def call(network: nn.Module, unet: nn.Module, make, device: str) -> None:
         for part in (unet, network):
@@ -186,7 +186,6 @@ def test_calls_and_flops_are_the_mean_over_the_drawn_step(demo):
     assert four.flops_per_iteration - one.flops_per_iteration == 4.5 * 4 * four.forward_flops
     parts = plan("method.steps=4", "training.accumulate=2")
     assert parts.flops_per_iteration == pytest.approx(four.flops_per_iteration, rel=1e-6)
-    assert parts.peak < four.peak
 
 
 def test_recomputing_and_small_states_take_less(demo):
@@ -194,6 +193,7 @@ def test_recomputing_and_small_states_take_less(demo):
         return demo.plan(load_config("demo", list(settings)), ONE_GPU, "none")
 
     assert plan("training.gradient_checkpointing=true").peak < plan().peak
+    assert plan("training.accumulate=2").peak < plan().peak
     small = plan("optimizer.kind=adam8bit").roles["generator"]
     assert plan().roles["generator"].optimizer / 4.5 < small.optimizer < plan().roles["generator"].optimizer / 3.5
     assert adam8bit_states([4096, 10]) == 2 * (4096 + 4 * 16) + 2 * 4 * 10
@@ -286,15 +286,9 @@ def test_command(capsys):
         (["--config", "demo", "--gpu-memory", "24", "--gpus", "0"], "--gpus: expected 1 or more"),
         (["--config", "demo", "--gpu-memory", "24", "--gpus", "3"], "expected a multiple of 3 GPU(s)"),
         (["--config", "demo", "--gpu-memory", "24", "--tflops", "0"], "--tflops: expected more than 0"),
-        (["--table", "{tmp}/empty.md"], "expected the lines"),
     ],
 )
-def test_mistakes(arguments, message, tmp_path, capsys, monkeypatch):
-    (tmp_path / "empty.md").touch()
-    if arguments[:1] == ["--table"]:
-        with pytest.raises(ValueError, match=message):
-            write_table(tmp_path / "empty.md", "")
-        return
+def test_mistakes(arguments, message, capsys):
     if torch.cuda.is_available() and "--gpu-memory" not in arguments:
         pytest.skip("there is a GPU here to ask")
     assert main(["plan", *arguments]) == 2
@@ -306,3 +300,18 @@ def test_a_run_that_cannot_fit_is_refused():
     refuse_what_cannot_fit(config, Hardware(1, 1, 0))
     with pytest.raises(ValueError, match=r"needs 0\.2 GiB on each GPU, which has 0\.1.*--force"):
         refuse_what_cannot_fit(config, Hardware(1, 0.1, 0))
+
+
+def test_the_readme_has_the_table_of_what_ships(tmp_path):
+    """Its figures take minutes: python -m sid_train plan --table README.md"""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    table = text.split(TABLE_BEGIN)[1].split(TABLE_END)[0].splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[2:-1]] == [f"{n}x{memory} GB" for n, memory in TABLE_HARDWARE]
+    assert [row.split("`")[1] for row in table[2:]] == table_recipes()
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    write_table(file, "| new |\n")
+    assert file.read_text().split(TABLE_BEGIN)[1].startswith(f"| new |\n{TABLE_END}")
+    file.write_text("no table")
+    with pytest.raises(ValueError, match="expected the lines"):
+        write_table(file, "")

@@ -14,6 +14,7 @@ from small_sdxl import save_single_file, small_pipeline
 from sid_train.config import DataConfig
 from sid_train.data import load_prompt_table
 from sid_train.models.bundle import load_model
+from sid_train.rng import BatchRNG
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
 SIZE = 64
@@ -198,6 +199,6 @@ def test_text_encoders_are_loaded_once_and_freed_before_training(file, tmp_path)
 
     bundle.conditioner._load = counted
     table = load_prompt_table(DataConfig(prompts=str(tmp_path / "prompts.txt")), bundle, "empty")
-    table.draw(2, torch.Generator().manual_seed(0))
+    table.draw(2, BatchRNG(torch.Generator().manual_seed(0)))
     gc.collect()
     assert [alive() for alive in encoders] == [None]
