@@ -24,7 +24,7 @@ from .tensors import LazyTensor, open_tensors, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, Metadata
 
 Facts = dict[str, int | str]
 """Counters and hashes: what a checkpoint knows besides tensors."""
@@ -126,20 +126,20 @@ def _read_parts(folder: Path, networks: Networks, optimizers: Optimizers) -> dic
     """This process's part of everything in a folder; networks get theirs in place."""
     from torch.distributed.checkpoint import load
 
-    reader = _reader(folder)
+    reader, index = _open_folder(folder)
+    tensors = _state(networks, {}, {})
+    for key, stored in index.state_dict_metadata.items():
+        if key in tensors:
+            continue
+        tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        name, _, rest = key.partition(".")
+        if name in optimizers:
+            (group,) = optimizers[name].param_groups
+            parameter = group["params"][int(rest.partition(".")[0])]
+            if parameter.shape == stored.size:  # cut as the parameter is; all else is a scalar
+                tensors[key] = torch.empty_like(parameter)
     with _checkpoint_errors(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        tensors = _state(networks, {}, {})
-        for key, stored in reader.read_metadata().state_dict_metadata.items():
-            if key in tensors:
-                continue
-            tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
-            name, _, rest = key.partition(".")
-            if name in optimizers:
-                (group,) = optimizers[name].param_groups
-                parameter = group["params"][int(rest.partition(".")[0])]
-                if parameter.shape == stored.size:  # cut as the parameter is; all else is a scalar
-                    tensors[key] = torch.empty_like(parameter)
         load(tensors, storage_reader=reader)
     return tensors
 
@@ -159,21 +159,21 @@ def read_network(path: Path, name: str) -> dict[str, Tensor]:
 def _open_parts(folder: Path) -> dict[str, LazyTensor]:
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    metadata = _reader(folder).read_metadata()
+    _, index = _open_folder(folder)
+    files = {str(path): open_tensors(path) for path in folder.glob("*.safetensors")}
 
     def load(key: str) -> Tensor:
-        stored = metadata.state_dict_metadata[key]
+        stored = index.state_dict_metadata[key]
         whole = torch.empty(stored.size, dtype=stored.properties.dtype)
-        for chunk in stored.chunks:
-            file = metadata.storage_data[MetadataIndex(key, chunk.offsets)].relative_path
-            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            with safe_open(file, framework="pt") as part:
-                whole[where] = part.get_tensor(key)
+        for part in stored.chunks:
+            file = index.storage_data[MetadataIndex(key, part.offsets)].relative_path
+            where = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True))
+            whole[where] = files[file][key].load()
         return whole
 
     return {
         key: LazyTensor(tuple(stored.size), stored.properties.dtype, lambda key=key: load(key))
-        for key, stored in metadata.state_dict_metadata.items()
+        for key, stored in index.state_dict_metadata.items()
     }
 
 
@@ -194,21 +194,26 @@ def read_facts(path: Path) -> Facts:
     return facts
 
 
-def _reader(folder: Path) -> HuggingFaceStorageReader:
+def _open_folder(folder: Path) -> tuple[HuggingFaceStorageReader, Metadata]:
+    """A folder's reader, and which part of what is in which file."""
     try:
         from torch.distributed.checkpoint import HuggingFaceStorageReader
     except ImportError:
         raise ValueError(f"{folder}: sharded checkpoints need a newer PyTorch than {torch.__version__}") from None
-    return HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        return reader, reader.read_metadata()
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: a file in it is not whole: {error}") from None
 
 
 @contextmanager
 def _checkpoint_errors(folder: Path):
-    """What torch.distributed.checkpoint finds wrong, on this rank or gathered from all, as an error with the folder."""
+    """What torch.distributed.checkpoint gathers from the ranks, as an error that names the folder."""
     from torch.distributed.checkpoint import CheckpointException
 
     try:
         yield
-    except (CheckpointException, SafetensorError) as error:
-        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
         raise ValueError(f"{folder}: {type(reason).__name__}: {reason}") from None

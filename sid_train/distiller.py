@@ -229,7 +229,8 @@ class Distiller:
         x_g = self.rollout(cond, step, rng)
         x_t, sigma, _ = self.perturb(x_g, rng)
         teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
-        # A data-parallel wrapper is bypassed: it would wait for parameter gradients that never come.
+        # A data-parallel wrapper is bypassed: it would wait for parameter gradients that never come. A sharded network
+        # is not wrapped, and only averages the gradients that there are.
         fake_score = self.fake_score
         fake_score = fake_score.module if isinstance(fake_score, DistributedDataParallel) else fake_score
         ask = (fake_score, x_t, sigma, cond, self.unconditional, self.guidance.fake_eval)

@@ -194,6 +194,21 @@ def test_two_processes_train_one_generator(tmp_path):
     assert run.stdout.count("ranks agree") == 2
 
 
+def test_accumulation_changes_no_figure(tmp_path):
+    """Not even which numbers are drawn; with a run that goes on with another number of micro-batches."""
+    smooth = ["data.pairs=demo", "gan.generator_weight=0.01", "method.guidance=lsg=1.5", "optimizer.eps=1e-2"]
+    smooth += ["optimizer.clip_norm=1", "optimizer.generator_lr=1e-2", "optimizer.fake_score_lr=1e-2"]
+    Trainer(small(*smooth, iterations=2), tmp_path / "once").run()
+    first, second = (small(*smooth, f"training.accumulate={parts}", iterations=2) for parts in (2, 4))
+    with pytest.raises(Interrupted):
+        Trainer(first, tmp_path / "split", [SignalAfter(1, signal.SIGTERM)]).run()
+    Trainer(second, tmp_path / "split").run()
+    once, split = (load_file(tmp_path / name / CHECKPOINT_FILE) for name in ("once", "split"))
+    for key, tensor in once.items():
+        torch.testing.assert_close(split[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    assert torch.equal(once["rng"], split["rng"])
+
+
 def test_snapshots_are_the_average_at_that_time(tmp_path):
     Trainer(small("training.snapshot_every=2", iterations=3), tmp_path / "long").run()
     Trainer(small(iterations=2), tmp_path / "short").run()
