@@ -14,8 +14,10 @@ from ..sid_train.core.sampling import MAX_STEPS
 from ..sid_train.files import write_text
 from .common import StrategyType, check_choice, schema, show
 
-# What the trainer ships for SDXL: the settings that this node does not ask for.
-BASES = sorted(path.stem for path in RECIPES.glob("sdxl-*.toml"))
+# What the trainer ships for SDXL: the settings that this node does not ask for. A second stage, with pairs, also needs
+# the generator of the first.
+BASES = sorted(path.stem for path in RECIPES.glob("sdxl-*.toml") if not path.stem.endswith("-pairs"))
+DEFAULT_BASE = "sdxl-4step-lora-24gb"  # the one that fits a user's card
 # The formats of prompts that the trainer reads.
 PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
@@ -49,7 +51,7 @@ class SiDTrainingRecipe(io.ComfyNode):
                 io.Combo.Input(
                     "base",
                     options=BASES,
-                    default=BASES[0],
+                    default=DEFAULT_BASE,
                     tooltip="The shipped recipe that everything else comes from: sizes, learning rates, memory.",
                 ),
                 io.Int.Input(
