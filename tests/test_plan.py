@@ -21,7 +21,7 @@ from sid_train.models.networks import build_networks
 from sid_train.plan.architecture import count_parameters, read_architecture
 from sid_train.plan.command import refuse_what_cannot_fit
 from sid_train.plan.estimate import Hardware, Planner, adam8bit_states, make_planner
-from sid_train.plan.report import describe, write_table
+from sid_train.plan.report import TABLE_BEGIN, TABLE_END, TABLE_HARDWARE, describe, table_recipes, write_table
 from sid_train.plan.trace import trace_iteration
 from sid_train.plan.tracker import Tracker, normalise_as_cuda
 
