@@ -297,7 +297,7 @@ class _Run:
             latents = self._tensor(pictures_at_once(self.architecture.latent_shape), *self.architecture.latent_shape)
             cond = self._conditioning(len(latents))
             with self._phase("pictures: sampling"):
-                self.networks.generator_ema(latents, torch.ones(len(latents)), cond)
+                self.networks.generator_ema(latents, self._tensor(len(latents)), cond)
         if self.architecture.vae is None or not (encodes or shows):
             return
         vae = copy.deepcopy(self.architecture.vae)
