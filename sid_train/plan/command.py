@@ -53,7 +53,7 @@ def find_hardware(gpus: int | None, memory: float | None, reserve: float) -> Har
         if not found:
             raise ValueError("--gpu-memory: expected the GiB of a GPU, since there is no CUDA device here to ask")
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(found)) / GIB
-    return Hardware(gpus or found or 1, memory, reserve)
+    return Hardware((found or 1) if gpus is None else gpus, memory, reserve)
 
 
 def hardware_of_run() -> Hardware | None:
