@@ -18,7 +18,18 @@ from ..data.prompts import load_prompts
 from ..data.table import EAGER_LIMIT
 from ..models.networks import DTYPES
 from .architecture import Architecture, count_parameters, read_architecture
-from .trace import BACKWARD, INPUTS, OPTIMIZER_STEP, VAE_ACTIVATIONS, VAE_WEIGHTS, Call, Role, Trace, trace_iteration
+from .trace import (
+    BACKWARD,
+    INPUTS,
+    OPTIMIZER_STEP,
+    PICTURES,
+    VAE_ACTIVATIONS,
+    VAE_WEIGHTS,
+    Call,
+    Role,
+    Trace,
+    trace_iteration,
+)
 
 GIB = 2**30
 FP32 = 4  # bytes
@@ -132,11 +143,17 @@ class Planner:
 
         # Each GPU's bytes after each event of the trace.
         live = trace.live(factors) + sum(fixed.values())
+        if sharded:  # while pictures are made there are no gradients
+            for name in PICTURES & trace.phases.keys():
+                begin, end = trace.phases[name]
+                live[begin:end] -= fixed["gradients"]
         phases = {name: int(live[begin:end].max()) for name, (begin, end) in trace.phases.items() if end > begin}
         peak_phase = max(phases, key=lambda name: phases[name])
         begin, end = trace.phases[peak_phase]
         at_peak = trace.breakdown(begin + int(live[begin:end].argmax()))
         at_peak = {label: round(size * factors.get(label, 1)) for label, size in at_peak.items()}
+        if peak_phase in PICTURES:
+            fixed.pop("gradients", None)
         roles, other = _by_role(trace, at_peak, fixed)
         prompts = _count_prompts(config)
         per_prompt = FP32 * (_elements(self.architecture.text_shape) + self.architecture.pooled_width + 6)

@@ -27,6 +27,7 @@ Role = Literal["teacher", "fake score", "generator", "EMA"]
 
 # What memory is for; parameters, gradients, optimizer states and activations come once a role.
 INPUTS, BACKWARD, OPTIMIZER_STEP = "inputs", "backward pass", "optimizer step"
+PICTURES = {"pictures: sampling", "pictures: decoding"}  # phases between two iterations
 VAE_WEIGHTS, VAE_ACTIVATIONS = "VAE: weights", "VAE: activations"
 
 
