@@ -1,4 +1,4 @@
-"""A plan as text, and the README's table of what fits where."""
+"""A plan as text, and the table of what fits where."""
 
 from __future__ import annotations
 
