@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .clip_score import CLIPScorer
 from .files import replacing, write_text
 from .images import image_grid, to_pil
 from .sample import sample_latents
@@ -130,6 +129,8 @@ class SnapshotScores(Pictures):
     FILE = "clip.jsonl"
 
     def __init__(self, every: int, clip_model: str):
+        from .clip_score import CLIPScorer  # transformers' models are slow to import, and only this needs them
+
         super().__init__(every)
         self.scorer = CLIPScorer(clip_model)
 

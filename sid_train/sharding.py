@@ -5,16 +5,10 @@ parameter, its gradient and its optimizer states, and gathers a block's weights 
 from __future__ import annotations
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from .models.unet import UNetDenoiser
-
-# Gathered and freed one by one; they are also what gradient checkpointing computes again. Nearly all of SDXL's weights
-# are in them; the rest is gathered with the root.
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+from .models.unet import BLOCKS, UNetDenoiser
 
 
 def shard(network: UNetDenoiser, mesh: DeviceMesh, compute_dtype: torch.dtype | None) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..core.noise_schedule import NoiseSchedule, PredictionType, input_scale, prediction_to_x0
 from .conditioning import Conditioning
 
 Output = Literal["x0", "logits", "x0_and_logits"]
+
+# Nearly all of SDXL's weights are in these. Gradient checkpointing computes them again one by one, and sharding gathers
+# and frees them so; the rest is gathered with the whole network.
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 
 class UNetDenoiser(nn.Module):

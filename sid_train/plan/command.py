@@ -10,7 +10,7 @@ import os
 import torch
 
 from ..config import Config, load_config
-from .estimate import GIB, Hardware, Plan, make_planner, sharding_of
+from .estimate import GIB, Hardware, Plan, make_planner
 from .report import describe, describe_changes, fit_table, run_seconds, write_table
 
 
@@ -25,7 +25,7 @@ def plan_command(args: argparse.Namespace) -> None:
     for name, value in (("--tflops", args.tflops), ("--seconds-per-forward", args.seconds_per_forward)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected more than 0, got {value:g}")
-    sharding = args.sharding or sharding_of(config)
+    sharding = args.sharding or config.training.sharding
     planner = make_planner(config, progress=True)
     result = planner.plan(config, hardware, sharding)
     speed = _flops_per_second(result, args.tflops, args.seconds_per_forward)
@@ -67,7 +67,7 @@ def hardware_of_run() -> Hardware | None:
 
 def refuse_what_cannot_fit(config: Config, hardware: Hardware) -> None:
     """ValueError if a run needs more memory than there is."""
-    result = make_planner(config, progress=True).plan(config, hardware, sharding_of(config))
+    result = make_planner(config, progress=True).plan(config, hardware, config.training.sharding)
     if not result.fits:
         raise ValueError(
             f"this run needs {result.peak / GIB:.1f} GiB on each GPU, which has {hardware.memory:.1f}. Run python -m "

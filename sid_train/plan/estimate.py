@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 
 from ..config import Config, config_from_dict
 from ..data.prompts import load_prompts
 from ..data.table import EAGER_LIMIT
 from ..models.networks import DTYPES
+from ..models.unet import BLOCKS
 from .architecture import Architecture, count_parameters, read_architecture
 from .trace import (
     BACKWARD,
@@ -37,8 +36,6 @@ ROLES: tuple[Role, ...] = ("teacher", "fake score", "generator", "EMA")
 TRAINED: tuple[Role, ...] = ("fake score", "generator")
 Sharding = Literal["none", "full"]
 
-# What is gathered and freed as one where networks are sharded; everything else is gathered with the network.
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 # bitsandbytes' blockwise states: a byte an element and an fp32 scale a block; small tensors keep fp32 states.
 ADAM8BIT_BLOCK, ADAM8BIT_SMALLEST = 256, 4096
 
@@ -256,11 +253,6 @@ class Planner:
 
 def make_planner(config: Config, progress: bool = False) -> Planner:
     return Planner(read_architecture(config.model.teacher, config.model.resolution), progress)
-
-
-def sharding_of(config: Config) -> Sharding:
-    """How the configuration shards whole networks."""
-    return config.training.sharding
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
