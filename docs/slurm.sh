@@ -4,11 +4,12 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=12:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@600
 #SBATCH --requeue
 # Submit with: sbatch docs/slurm.sh --config sdxl-4step-zero-cfg --set training.sharding=full ... --out runs/mine
 # Not tried on a cluster yet.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$head:29500" \
-  --rdzv_id "$SLURM_JOB_ID" -m sid_train distill "$@"
+# torchrun gives its processes 30 seconds to stop: too few for an iteration and a checkpoint of SDXL.
+srun torchrun --shutdown-timeout 600 --nnodes "$SLURM_NNODES" --nproc_per_node 8 \
+  --rdzv_backend c10d --rdzv_endpoint "$head:29500" --rdzv_id "$SLURM_JOB_ID" -m sid_train distill "$@"
