@@ -171,7 +171,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpus", type=int, help="how many (default: those of this machine)")
     sub.add_argument("--gpu-memory", type=float, help="GiB of each, such as 24 or 80 (default: this machine's)")
     sub.add_argument("--reserve", type=float, default=2, help="GiB left free for what is not counted (default: 2)")
-    sub.add_argument("--sharding", choices=["none", "full"], help="default: the configuration's")
     speed = sub.add_mutually_exclusive_group()
     speed.add_argument("--tflops", type=float, help="what one GPU sustains, for the time")
     speed.add_argument("--seconds-per-forward", type=float, help="of one picture, as you measured it, for the time")

@@ -64,7 +64,9 @@ def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[U
             from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401  # what saves it
             from torch.distributed.fsdp import fully_shard  # noqa: F401
         except ImportError:
-            raise ValueError(f"training.sharding: full needs PyTorch 2.8 or newer, got {torch.__version__}") from None
+            raise ValueError(
+                f"training.sharding: full needs a newer PyTorch than {torch.__version__}; 2.14 is tested"
+            ) from None
     if not is_sharded(accelerator, training):
         return lambda network: network.to(accelerator.device)
     from torch.distributed.device_mesh import init_device_mesh

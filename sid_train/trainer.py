@@ -425,7 +425,9 @@ def load_init_generator(config: Config, teacher: ModelBundle) -> UNetDenoiser | 
 
 
 class _StopOnSignal:
-    """Turns SIGINT and SIGTERM into a request; a second one stops at once."""
+    """Turns SIGINT and SIGTERM into a request; Ctrl-C after that stops at once. SIGTERM may come more than once: from
+    a cluster's scheduler, and from torchrun, which passes on what it got.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -436,7 +438,9 @@ class _StopOnSignal:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = True
         print(f"\n{signal.Signals(number).name}: saving after this iteration ...", flush=True)
 

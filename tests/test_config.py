@@ -60,6 +60,12 @@ def test_mistakes_are_named(override, message):
         load_config("demo", [override])
 
 
+@pytest.mark.parametrize("other", ["adapter.rank=4", "optimizer.kind=adam8bit"])
+def test_what_does_not_go_with_sharding(other):
+    with pytest.raises(ValueError, match=f"training.sharding: 'full' .*{other.split('=')[0]}"):
+        load_config(None, ["training.sharding=full", other])
+
+
 def test_bad_toml_names_the_file(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[method\n")

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from plan_against_real import measure, planned
 from small_sdxl import UNET_CONFIG, save_single_file, small_pipeline
-from torch import nn
+from torch import autocast, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,7 +137,7 @@ def test_types_are_those_of_autocast_on_cuda(teacher, rank):
     ours, unet = build()
     normalise_as_cuda(ours, unet)
     found = output_types(unet if rank else ours.unet)
-    with Tracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+    with Tracker() as tracker, autocast("cpu", torch.bfloat16):
         call(ours, unet, tracker.empty, "cpu")
     theirs, unet = build()
     wanted = output_types(unet if rank else theirs.unet)
@@ -169,7 +169,7 @@ def test_flops_are_those_of_a_real_call(make_denoiser, cond):
 
 def test_calls_and_flops_are_the_mean_over_the_drawn_step(demo):
     def plan(*settings: str):
-        return demo.plan(load_config("demo", ["training.batch_size=4", *settings]), ONE_GPU, "none")
+        return demo.plan(load_config("demo", ["training.batch_size=4", *settings]), ONE_GPU)
 
     one, four = plan("method.steps=1"), plan("method.steps=4")
     calls = {(c.update, c.role, c.with_gradient): c.calls for c in four.calls}
@@ -189,7 +189,7 @@ def test_calls_and_flops_are_the_mean_over_the_drawn_step(demo):
 
 def test_recomputing_and_small_states_take_less(demo):
     def plan(*settings: str):
-        return demo.plan(load_config("demo", list(settings)), ONE_GPU, "none")
+        return demo.plan(load_config("demo", list(settings)), ONE_GPU)
 
     assert plan("training.gradient_checkpointing=true").peak < plan().peak
     assert plan("training.accumulate=2").peak < plan().peak
@@ -199,8 +199,10 @@ def test_recomputing_and_small_states_take_less(demo):
 
 
 def test_each_gpu_holds_its_part(demo):
-    config = load_config("demo", ["training.batch_size=8"])
-    whole, shared = (demo.plan(config, Hardware(8, 24, 0), kind) for kind in ("none", "full"))
+    settings = ["training.batch_size=8"]
+    whole = demo.plan(load_config("demo", settings), Hardware(8, 24, 0))
+    settings.append("training.sharding=full")
+    shared = demo.plan(load_config("demo", settings), Hardware(8, 24, 0))
     count = whole.roles["generator"].parameters
     assert whole.other["DDP's gradient buckets"] == 2 * 4 * count
     for role in ("generator", "EMA", "fake score", "teacher"):
@@ -209,25 +211,23 @@ def test_each_gpu_holds_its_part(demo):
     assert shared.roles["generator"].optimizer == pytest.approx(8 * count / 8, rel=1e-5)
     assert "gathered weights and gradients" in shared.other
     assert shared.peak < whole.peak
-    assert demo.plan(load_config("demo"), ONE_GPU, "full").sharding == "none"
+    assert demo.plan(load_config("demo", settings), ONE_GPU).sharding == "none"
 
 
 @pytest.mark.parametrize(("gpus", "memory"), [(1, 0.12), (1, 0.08), (4, 0.06)])
 def test_changes_that_are_named_make_it_fit(demo, gpus, memory):
     config, hardware = load_config("demo"), Hardware(gpus, memory, 0)
-    assert not demo.plan(config, hardware, "none").fits
-    changes = demo.changes_that_fit(config, hardware, "none")
+    assert not demo.plan(config, hardware).fits
+    changes = demo.changes_that_fit(config, hardware)
     assert changes
     for change in changes:
-        sharding = "full" if "training.sharding=full" in change.settings else "none"
-        settings = [s for s in change.settings if not s.startswith("training.sharding")]
-        plan = demo.plan(load_config("demo", settings), hardware, sharding)
+        plan = demo.plan(load_config("demo", list(change.settings)), hardware)
         assert plan.fits
         assert plan.peak == change.peak
 
 
 def test_nothing_is_named_where_nothing_helps(demo):
-    assert demo.changes_that_fit(load_config("demo"), Hardware(1, 0.01, 0), "none") == []
+    assert demo.changes_that_fit(load_config("demo"), Hardware(1, 0.01, 0)) == []
 
 
 def test_shapes_come_from_the_files_header(teacher):
@@ -250,7 +250,7 @@ def test_sdxl_where_the_file_is_not_here():
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
 def test_every_recipe_can_be_planned(name):
     config = load_config(name, ["model.teacher=demo", "training.batch_size=2", "training.accumulate=1"])
-    plan = make_planner(config).plan(config, ONE_GPU, "none")
+    plan = make_planner(config).plan(config, ONE_GPU)
     assert plan.fits
     assert plan.peak == max(plan.phases.values())
     parts = sum(m.weights + m.gradients + m.optimizer + m.activations for m in plan.roles.values())

@@ -91,6 +91,7 @@ def check_replicated_run() -> None:
     for network in (trainer.generator, trainer.fake_score, trainer.ema.average):
         weights = torch.cat([p.detach().flatten() for p in network.parameters()])
         assert torch.equal(*trainer.accelerator.gather(weights[None]))
+    assert torch.equal(*trainer.accelerator.gather(trainer.rng.get_state()[None]))
 
 
 def check_bf16() -> Trainer:

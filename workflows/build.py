@@ -262,8 +262,7 @@ def native() -> tuple[list[Node], str]:
         "# Without this pack\n\nAs near as ComfyUI's own nodes get to a four-step generator that was trained from "
         "timestep 625: `lcm` on `simple` with denoise 0.63 runs 666 499 333 166 where it was trained on 625 468 312 "
         "156, with other noise between the steps.\n\nIt is another picture (on a test model the latents differ from "
-        "the SiD nodes' by 0.7 of their size, those of another seed by 1.3). On the demo's generator it is as close "
-        "to real pictures (Frechet 1.34 against 1.37) and less diverse (recall .78 against .83). See docs/comfyui.md."
+        "the SiD nodes' by 0.7 of their size, those of another seed by 1.3). See docs/comfyui.md."
     )
 
 

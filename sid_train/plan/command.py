@@ -25,11 +25,10 @@ def plan_command(args: argparse.Namespace) -> None:
     for name, value in (("--tflops", args.tflops), ("--seconds-per-forward", args.seconds_per_forward)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected more than 0, got {value:g}")
-    sharding = args.sharding or config.training.sharding
     planner = make_planner(config, progress=True)
-    result = planner.plan(config, hardware, sharding)
+    result = planner.plan(config, hardware)
     speed = _flops_per_second(result, args.tflops, args.seconds_per_forward)
-    changes = [] if result.fits else planner.changes_that_fit(config, hardware, sharding)
+    changes = [] if result.fits else planner.changes_that_fit(config, hardware)
     if args.json:
         seconds = run_seconds(result, speed) if speed else None
         facts = dataclasses.asdict(result) | {"changes": [dataclasses.asdict(c) for c in changes], "seconds": seconds}
@@ -67,7 +66,7 @@ def hardware_of_run() -> Hardware | None:
 
 def refuse_what_cannot_fit(config: Config, hardware: Hardware) -> None:
     """ValueError if a run needs more memory than there is."""
-    result = make_planner(config, progress=True).plan(config, hardware, config.training.sharding)
+    result = make_planner(config, progress=True).plan(config, hardware)
     if not result.fits:
         raise ValueError(
             f"this run needs {result.peak / GIB:.1f} GiB on each GPU, which has {hardware.memory:.1f}. Run python -m "

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,7 +34,6 @@ GIB = 2**30
 FP32 = 4  # bytes
 ROLES: tuple[Role, ...] = ("teacher", "fake score", "generator", "EMA")
 TRAINED: tuple[Role, ...] = ("fake score", "generator")
-Sharding = Literal["none", "full"]
 
 # bitsandbytes' blockwise states: a byte an element and an fp32 scale a block; small tensors keep fp32 states.
 ADAM8BIT_BLOCK, ADAM8BIT_SMALLEST = 256, 4096
@@ -87,7 +86,7 @@ class Plan:
     model: str
     gpus: int
     gpu_memory: float
-    sharding: Sharding
+    sharding: str
     batch_size: int
     micro_batch: int
     accumulate: int
@@ -122,7 +121,7 @@ class Planner:
         self.architecture, self.progress = architecture, progress
         self._traces: dict[tuple, Trace] = {}
 
-    def plan(self, config: Config, hardware: Hardware, sharding: Sharding) -> Plan:
+    def plan(self, config: Config, hardware: Hardware) -> Plan:
         """ValueError for a batch that cannot be divided."""
         training = config.training
         parts = hardware.gpus * training.accumulate
@@ -131,7 +130,7 @@ class Planner:
                 f"training.batch_size: expected a multiple of {hardware.gpus} GPU(s) times {training.accumulate} "
                 f"micro-batch(es), got {training.batch_size}"
             )
-        sharded = sharding == "full" and hardware.gpus > 1
+        sharded = training.sharding == "full" and hardware.gpus > 1
         trace = self._trace(config, training.batch_size // parts, sharded)
         factors, fixed = _sharded(trace, self.architecture, config, hardware.gpus) if sharded else _whole(trace, config)
         fixed |= _beside(self.architecture, config)
@@ -202,7 +201,7 @@ class Planner:
             self._traces[key] = trace_iteration(self.architecture, config, micro_batch, compute_dtype=compute_dtype)
         return self._traces[key]
 
-    def changes_that_fit(self, config: Config, hardware: Hardware, sharding: Sharding) -> list[Change]:
+    def changes_that_fit(self, config: Config, hardware: Hardware) -> list[Change]:
         """Sets of changes, each of which makes the run fit: one that keeps what is trained, and one with adapters.
 
         What alters the result comes after what does not, and nothing is named that is not needed.
@@ -211,7 +210,7 @@ class Planner:
             {"training.accumulate": config.training.batch_size // hardware.gpus},
             {"training.gradient_checkpointing": True},
             {"training.mixed_precision": "bf16", "model.frozen_dtype": "bf16"},
-            {"optimizer.kind": "adam8bit"},
+            {"optimizer.kind": "adam8bit", "training.sharding": "none"},
         ]
         sets = [keeping]
         if not config.adapter.rank:
@@ -220,21 +219,18 @@ class Planner:
                 sets.insert(0, [*keeping[:2], {"training.sharding": "full"}, keeping[2]])
         found = []
         for candidates in sets:
-            needed = self._needed(candidates, config, hardware, sharding)
+            needed = self._needed(candidates, config, hardware)
             if needed is not None and (not found or needed.settings[0].startswith("adapter.")):
                 found.append(needed)
         return found
 
-    def _needed(
-        self, candidates: list[dict[str, Any]], config: Config, hardware: Hardware, sharding: Sharding
-    ) -> Change | None:
+    def _needed(self, candidates: list[dict[str, Any]], config: Config, hardware: Hardware) -> Change | None:
         """As few of ``candidates`` as make the run fit, None if all of them do not."""
-        flat = config.flat() | {"training.sharding": sharding}
+        flat = config.flat()
 
         def plan(changes: list[dict[str, Any]]) -> tuple[dict[str, Any], Plan]:
             values = {k: v for change in changes for k, v in change.items() if flat[k] != v}
-            kind = values.get("training.sharding", sharding)
-            return values, self.plan(_changed(config, values), hardware, kind)
+            return values, self.plan(_changed(config, values), hardware)
 
         chosen: list[dict[str, Any]] = []
         for change in candidates:

@@ -113,11 +113,11 @@ def _cell(planner: Planner, recipe: str, hardware: Hardware) -> str:
     config = load_config(recipe, ["data.cache=cache"])
     accumulate = config.training.batch_size // hardware.gpus
     config = load_config(recipe, ["data.cache=cache", f"training.accumulate={accumulate}"])
-    plan = planner.plan(config, hardware, "none")
+    plan = planner.plan(config, hardware)
     if plan.fits:
         return f"{plan.peak / GIB:.1f}"
     # Adapters are a recipe of their own.
-    changes = [c for c in planner.changes_that_fit(config, hardware, "none") if not c.settings[0].startswith("adapter")]
+    changes = [c for c in planner.changes_that_fit(config, hardware) if not c.settings[0].startswith("adapter")]
     if not changes:
         return "no"
     settings = ", ".join(setting.partition(".")[2] for setting in changes[0].settings)

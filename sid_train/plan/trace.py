@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..config import Config, OptimizerConfig
 from ..distiller import Distiller, RealBatch
@@ -264,7 +264,7 @@ class _Run:
     # -- the iteration -------------------------------------------------------------------------------------------
 
     def _autocast(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+        return autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
 
     def _update(
         self,
