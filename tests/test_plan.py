@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from sid_train.models.networks import build_networks
 from sid_train.plan.architecture import count_parameters, read_architecture
 from sid_train.plan.command import refuse_what_cannot_fit
 from sid_train.plan.estimate import Hardware, Planner, adam8bit_states, make_planner
-from sid_train.plan.report import TABLE_BEGIN, TABLE_END, describe, write_table
+from sid_train.plan.report import TABLE_BEGIN, TABLE_END, describe, fit_cell, table_recipes, write_table
 from sid_train.plan.trace import trace_iteration
 from sid_train.plan.tracker import Tracker, normalise_as_cuda
 
@@ -309,3 +310,13 @@ def test_the_table_goes_between_its_markers(tmp_path):
     file.write_text("no table")
     with pytest.raises(ValueError, match="expected the lines"):
         write_table(file, "")
+
+
+def test_the_readme_has_the_table_of_this_version():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == table_recipes()
+    recipe = "sdxl-4step-lora-24gb"
+    planner = make_planner(load_config(recipe))
+    assert next(row[1] for row in rows if row[0] == recipe) == fit_cell(planner, recipe, Hardware(1, 24, 2))

@@ -104,12 +104,13 @@ def fit_table(reserve: float, progress: bool = False) -> str:
         key = (config.model.teacher, config.model.resolution)
         if key not in planners:
             planners[key] = make_planner(config, progress)
-        cells = [_cell(planners[key], name, Hardware(gpus, memory, reserve)) for gpus, memory in TABLE_HARDWARE]
+        cells = [fit_cell(planners[key], name, Hardware(gpus, memory, reserve)) for gpus, memory in TABLE_HARDWARE]
         rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _cell(planner: Planner, recipe: str, hardware: Hardware) -> str:
+def fit_cell(planner: Planner, recipe: str, hardware: Hardware) -> str:
+    """The peak in GiB, and what has to be set for it to fit; ``no`` if nothing helps."""
     config = load_config(recipe, ["data.cache=cache"])
     accumulate = config.training.batch_size // hardware.gpus
     config = load_config(recipe, ["data.cache=cache", f"training.accumulate={accumulate}"])
