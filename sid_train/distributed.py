@@ -59,12 +59,6 @@ def batch_parts(accelerator: Accelerator, generator: torch.Generator, micro_batc
 
 def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[UNetDenoiser], None]:
     """What puts a network where it computes: on this rank's device, whole or this rank's part of it."""
-    if training.sharding == "full":
-        try:
-            from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401  # what saves it
-            from torch.distributed.fsdp import fully_shard  # noqa: F401
-        except ImportError:
-            raise ValueError(f"training.sharding: full needs PyTorch 2.8 or newer, got {torch.__version__}") from None
     if not is_sharded(accelerator, training):
         return lambda network: network.to(accelerator.device)
     from torch.distributed.device_mesh import init_device_mesh

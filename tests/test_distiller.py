@@ -77,6 +77,16 @@ def test_final_matching_differentiates_the_whole_chain(make, cond, record_calls,
     assert arrived.abs().sum() > 0
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_every_parameter_gets_a_gradient_under_autocast(step, make, cond, rng):
+    """The steps without gradient must not leave their cast weights to the one that has it."""
+    distiller = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        x_g = distiller.rollout(cond, step, rng)
+    x_g.sum().backward()
+    assert len(gradients(distiller.generator)) == len(list(distiller.generator.parameters()))
+
+
 def test_rollout_without_gradient_has_none_and_is_the_same(make, cond):
     distiller = make()
     with torch.no_grad():
