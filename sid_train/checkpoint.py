@@ -196,10 +196,8 @@ def read_facts(path: Path) -> Facts:
 
 def _open_folder(folder: Path) -> tuple[HuggingFaceStorageReader, Metadata]:
     """A folder's reader, and which part of what is in which file."""
-    try:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
-    except ImportError:
-        raise ValueError(f"{folder}: sharded checkpoints need a newer PyTorch than {torch.__version__}") from None
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(folder))
     try:
         return reader, reader.read_metadata()

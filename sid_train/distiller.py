@@ -171,6 +171,9 @@ class Distiller:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
+            if wants_gradient and calls == first_with_gradient:
+                # Before PyTorch 2.11 autocast goes on using the weights that it cast without gradient, which get none.
+                torch.clear_autocast_cache()
             with torch.set_grad_enabled(wants_gradient and calls >= first_with_gradient):
                 return self.generator(x, sigma, cond)
 

@@ -59,14 +59,6 @@ def batch_parts(accelerator: Accelerator, generator: torch.Generator, micro_batc
 
 def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[UNetDenoiser], None]:
     """What puts a network where it computes: on this rank's device, whole or this rank's part of it."""
-    if training.sharding == "full":
-        try:
-            from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: F401  # what saves it
-            from torch.distributed.fsdp import fully_shard  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                f"training.sharding: full needs a newer PyTorch than {torch.__version__}; 2.14 is tested"
-            ) from None
     if not is_sharded(accelerator, training):
         return lambda network: network.to(accelerator.device)
     from torch.distributed.device_mesh import init_device_mesh

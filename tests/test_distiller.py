@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import autocast, nn
 
 from sid_train.core.noise_schedule import NoiseSchedule
 from sid_train.demo.model import LATENT_SHAPE
@@ -75,6 +75,16 @@ def test_final_matching_differentiates_the_whole_chain(make, cond, record_calls,
     # A gradient that comes out of the first call went through all the later ones.
     (arrived,) = torch.autograd.grad(x_g.sum(), calls[1].x)
     assert arrived.abs().sum() > 0
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_every_parameter_gets_a_gradient_under_autocast(step, make, cond, rng):
+    """The steps without gradient must not leave their cast weights to the one that has it."""
+    distiller = make()
+    with autocast("cpu", torch.bfloat16):
+        x_g = distiller.rollout(cond, step, rng)
+    x_g.sum().backward()
+    assert len(gradients(distiller.generator)) == len(list(distiller.generator.parameters()))
 
 
 def test_rollout_without_gradient_has_none_and_is_the_same(make, cond):
