@@ -21,6 +21,7 @@ StrategyType = io.Custom("SID_STRATEGY")
 TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
 
 _log = logging.getLogger("ComfyUI-SiD")
+_warned: set[str] = set()  # the ids of the nodes that show a message
 _SCHEMA_FIELDS = {f.name for f in dataclasses.fields(io.Schema)}
 
 
@@ -38,10 +39,15 @@ def show(node: type[io.ComfyNode], text: str) -> None:
 
 
 def warn(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
-    """Shows what the user should know on the node, and logs it."""
+    """Shows what the user should know on the node, and logs it; where there is nothing any more, says that."""
+    unique_id = node.hidden.unique_id if node.hidden is not None else None
     if text := "\n".join(messages):
         _log.warning("%s: %s", node.__name__, text)
         show(node, text)
+        _warned.add(unique_id)
+    elif unique_id in _warned:
+        show(node, "No warnings.")  # the frontend keeps the old text if it is sent nothing
+        _warned.discard(unique_id)
 
 
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:
@@ -57,9 +63,11 @@ def check_sdxl(network, sampling, source: str) -> str:
     network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is
     """
     if not isinstance(network, comfy.model_base.SDXL):
+        found = type(network).__name__
+        found = "one of SD 1.x's or 2.x's class" if found == "BaseModel" else found
         raise ValueError(
-            f"{source}: expected an SDXL model, got {type(network).__name__}. SiD's loaders and ComfyUI's Load "
-            "Checkpoint give one from an SDXL file."
+            f"{source}: expected an SDXL model, got {found}. SiD's loaders and ComfyUI's Load Checkpoint give one from "
+            "an SDXL file."
         )
     bases = type(sampling).__bases__
     if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
@@ -79,6 +87,13 @@ def has_zero_terminal_snr(sampling) -> bool:
     return float(sampling.sigma_max) > 100
 
 
+def fit_preset(model, recipe: SiDRecipe, source: str) -> SiDRecipe:
+    """A preset with MODEL's prediction type and noise schedule; ``source`` is whose model it is."""
+    sampling = model.get_model_object("model_sampling")
+    predicts = check_sdxl(model.model, sampling, source)
+    return dataclasses.replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+
+
 def check_model(model, recipe: SiDRecipe, source: str) -> None:
     """ValueError unless MODEL is SDXL and as ``recipe`` says; ``source`` is whose model it is."""
     sampling = model.get_model_object("model_sampling")
@@ -86,8 +101,9 @@ def check_model(model, recipe: SiDRecipe, source: str) -> None:
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
-            f"{predicts}. Recipe and model belong together: choose the other one. (ComfyUI takes a file for "
-            "v-prediction if it holds an empty tensor named 'v_pred'; sid_train writes it.)"
+            f"{predicts}. Recipe and model belong together: choose the other one. A preset takes the model's: connect "
+            "'model' of SiD Recipe Override. (ComfyUI takes a file for v-prediction if it holds an empty tensor named "
+            "'v_pred'; sid_train writes it.)"
         )
     is_ztsnr = has_zero_terminal_snr(sampling)
     if recipe.zero_terminal_snr != is_ztsnr:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.lora
 import comfy.lora_convert
@@ -20,7 +21,7 @@ from ..sid_train.core.recipe import (
     has_recipe,
     read_safetensors_metadata,
 )
-from .common import RecipeType, check_choice, check_model, check_sdxl, has_zero_terminal_snr, schema, warn
+from .common import RecipeType, check_choice, check_model, fit_preset, schema, warn
 
 FROM_FILE = "from the file"
 WEIGHT_DTYPES = {
@@ -29,24 +30,8 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-# What follows the module's name in the keys of a LoRA file, in the spellings that ComfyUI reads.
-LORA_SUFFIXES = (
-    ".lora_up.weight",
-    ".lora_down.weight",
-    ".lora_mid.weight",
-    ".lora.up.weight",
-    ".lora.down.weight",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    "_lora.up.weight",
-    "_lora.down.weight",
-    ".lora_linear_layer.up.weight",
-    ".lora_linear_layer.down.weight",
-    ".alpha",
-    ".dora_scale",
-    ".diff",
-    ".diff_b",
-)
+# How the keys of a LoRA for text encoders begin, in the spellings that ComfyUI reads.
+TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
 
 
 def _recipe_input() -> io.Combo.Input:
@@ -110,11 +95,23 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
 def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str) -> SiDRecipe:
     """``recipe``, checked against the model of the same file. A preset takes the prediction type from the model."""
     if choice != FROM_FILE:
-        sampling = model.get_model_object("model_sampling")
-        predicts = check_sdxl(model.model, sampling, path)
-        recipe = replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+        recipe = fit_preset(model, recipe, path)
     check_model(model, recipe, path)
     return recipe
+
+
+@contextmanager
+def _explained(path: str, expected: str) -> Iterator[None]:
+    """ComfyUI's error for a file that it cannot make out, with what to do; other errors as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "detect model type" not in str(error):
+            raise
+        raise ValueError(
+            f"{path}: expected {expected}, but ComfyUI finds no diffusion model in it. A LoRA goes into models/loras "
+            "and SiD LoRA Loader, a VAE or a text encoder into ComfyUI's own loaders."
+        ) from error
 
 
 class SiDCheckpointLoader(io.ComfyNode):
@@ -147,13 +144,19 @@ class SiDCheckpointLoader(io.ComfyNode):
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
         how, messages = read_recipe(path, recipe)
-        model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
-            path,
-            output_vae=True,
-            output_clip=True,
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        )
+        with _explained(path, "an SDXL checkpoint"):
+            model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
+                path,
+                output_vae=True,
+                output_clip=True,
+                embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            )
         how = fit_recipe(model, how, recipe, path)
+        if clip is None:
+            messages.append(
+                "The file has no text encoders: take CLIP from another SDXL checkpoint, or put the file into "
+                "models/diffusion_models and use SiD Diffusion Model Loader."
+            )
         warn(cls, messages)
         return io.NodeOutput(model, clip, vae, how)
 
@@ -189,51 +192,78 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
         options = dict(WEIGHT_DTYPES[check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)])
         how, messages = read_recipe(path, recipe)
-        model = comfy.sd.load_diffusion_model(path, model_options=options)
+        with _explained(path, "an SDXL UNet"):
+            model = comfy.sd.load_diffusion_model(path, model_options=options)
         how = fit_recipe(model, how, recipe, path)
         warn(cls, messages)
         return io.NodeOutput(model, how)
 
 
-def _lora_modules(tensors) -> dict[str, list[str]]:
-    """The keys of a LoRA file by the module that they belong to."""
-    modules: dict[str, list[str]] = {}
-    for key in tensors:
-        suffix = next((s for s in LORA_SUFFIXES if key.endswith(s)), "")
-        modules.setdefault(key.removesuffix(suffix), []).append(key)
-    return modules
+class _ReadTensors(dict):
+    """The tensors of a file, and the names of those that were read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default=None):
+        if name in self:
+            self.read.add(name)
+        return super().get(name, default)
 
 
 def apply_lora(model, path: str, strength: float, allow_partial: bool):
-    """``model`` with the UNet part of a LoRA file: (MODEL, names of modules in the file that were not applied).
+    """``model`` with the UNet part of a LoRA file: (MODEL, what the user should be told).
 
-    ValueError if no module matches, or if some do not while ``allow_partial`` is false.
+    ValueError if nothing in the file is for this model, if a part is not while ``allow_partial`` is false, and for a
+    LoRA of other widths than the model's.
     """
-    tensors = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    tensors = _ReadTensors(comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True)))
+    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
     patched = model.clone()
-    applied = set(patched.add_patches(patches, strength))
+    patched.add_patches(patches, strength)
+    _check_shapes(model, patches, path)
 
-    def is_applied(module: str) -> bool:
-        target = names.get(module)
-        return (target[0] if isinstance(target, tuple) else target) in applied
-
-    modules = _lora_modules(tensors)
-    missed = sorted(module for module in modules if not is_applied(module))
-    if len(missed) == len(modules):
+    messages = []
+    expected = [name for name in tensors if not name.startswith(TEXT_ENCODER_PREFIXES)]
+    if for_text := len(tensors) - len(expected):
+        messages.append(f"{for_text} tensors of the LoRA are for text encoders, which this node leaves as they are.")
+    missed = sorted(set(expected) - tensors.read)
+    if len(missed) == len(expected):
         raise ValueError(
-            f"{path}: expected a LoRA for this SDXL model, but none of its {len(modules)} modules match; the first is "
-            f"{missed[0] if missed else 'missing: the file is empty'!r}. ComfyUI reads kohya names "
+            f"{path}: expected a LoRA for this SDXL model, but none of its {len(expected)} tensors match; the first is "
+            f"{missed[0] if missed else 'missing'!r}. ComfyUI reads kohya names "
             "(lora_unet_...lora_up.weight) and diffusion_model.*.lora_A; convert peft or diffusers files first."
         )
-    if missed and not allow_partial:
-        raise ValueError(
-            f"{path}: {len(missed)} of its {len(modules)} modules match nothing in this model: "
-            f"{', '.join(missed[:3])}{' ...' if len(missed) > 3 else ''}. A distillation LoRA that is applied in part "
-            "gives wrong pictures. Set 'allow_partial' to use what matches."
-        )
-    return patched, missed
+    if missed:
+        what = f"{len(missed)} of its {len(expected)} tensors match nothing in this model: {', '.join(missed[:3])}"
+        what += " ..." if len(missed) > 3 else ""
+        if not allow_partial:
+            raise ValueError(
+                f"{path}: {what}. A distillation LoRA that is applied in part gives wrong pictures. Set "
+                "'allow_partial' to use what matches."
+            )
+        messages.append(f"The LoRA is applied in part: {what}")
+    return patched, messages
+
+
+def _check_shapes(model, patches: dict, path: str) -> None:
+    """ValueError for a LoRA whose product does not fit the weight: ComfyUI logs that and leaves the weight as it is."""
+    for name, patch in patches.items():
+        if getattr(patch, "name", "") != "lora" or patch.weights[3] is not None or patch.weights[5] is not None:
+            continue  # other kinds of adapters, and those with a middle or another target shape
+        up, down = patch.weights[:2]
+        weight = comfy.utils.get_attr(model.model, name).shape
+        wanted, got = (weight[0], weight[1:].numel()), (up.shape[0], down.shape[1:].numel())
+        if got != wanted or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{path}: expected a LoRA of {wanted[0]} x {wanted[1]} for {name}, got {got[0]} x {got[1]} (ranks "
+                f"{up.shape[1]} and {down.shape[0]}). It was made for another model than SDXL, or the file is damaged."
+            )
 
 
 class SiDLoRALoader(io.ComfyNode):
@@ -265,7 +295,7 @@ class SiDLoRALoader(io.ComfyNode):
                 io.Boolean.Input(
                     "allow_partial",
                     default=False,
-                    tooltip="Use a LoRA of which only some modules match this model; the rest is listed on the node.",
+                    tooltip="Use a LoRA that matches this model only in part; the node says how much is left out.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The few-step generator."), _recipe_output()],
@@ -275,9 +305,7 @@ class SiDLoRALoader(io.ComfyNode):
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         how, messages = read_recipe(path, recipe)
-        check_model(model, how, path)
-        patched, missed = apply_lora(model, path, strength, allow_partial)
-        if missed:
-            messages.append(f"{len(missed)} modules of the LoRA match nothing in this model: {', '.join(missed)}")
-        warn(cls, messages)
+        how = fit_recipe(model, how, recipe, path)
+        patched, more = apply_lora(model, path, strength, allow_partial)
+        warn(cls, messages + more)
         return io.NodeOutput(patched, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
@@ -53,14 +54,16 @@ def patch_nag(model, negative, scale: float, tau: float, alpha: float):
         )
     text = negative[0][0]
     tokens = text.shape[1]
+    copies: dict[tuple, Tensor] = {}  # one a device and type: SDXL has 70 cross attentions
 
     def append_negative(query: Tensor, context: Tensor, value: Tensor, extra_options) -> tuple[Tensor, Tensor, Tensor]:
         # Keys and values of both prompts come out of one projection; ``attend`` takes them apart again.
-        nonlocal text
-        text = text.to(context)  # once: SDXL has 70 cross attentions
+        place = context.device, context.dtype
+        if place not in copies:
+            copies[place] = text.to(context)
 
         def with_negative(states: Tensor) -> Tensor:
-            return torch.cat([states, text.expand(len(states), -1, -1)], dim=1)
+            return torch.cat([states, comfy.utils.repeat_to_batch_size(copies[place], len(states))], dim=1)
 
         both = with_negative(context)
         return query, both, both if value is context else with_negative(value)

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..sid_train.core.recipe import PRESETS, SAMPLING_GUIDANCES, RecipeError, SiDRecipe
 from ..sid_train.core.sampling import NOISE_MODES, timestep_ladder
-from .common import RecipeType, check_choice, schema, show
+from .common import RecipeType, check_choice, fit_preset, schema, show
 
 KEEP = "keep"
 
@@ -45,6 +45,12 @@ class SiDRecipeOverride(io.ComfyNode):
             search_aliases=["edit recipe", "custom timesteps", "recipe preset"],
             inputs=[
                 RecipeType.Input("recipe", optional=True, tooltip="The recipe to change; not needed with a preset."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="With a preset: the model that is sampled, whose prediction type the recipe takes. Without "
+                    "it the preset is for eps-prediction.",
+                ),
                 io.Combo.Input(
                     "preset",
                     options=[KEEP, *PRESETS],
@@ -82,11 +88,18 @@ class SiDRecipeOverride(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, preset: str, timesteps: str, noise_mode: str, guidance: str, cfg: float, recipe: SiDRecipe | None = None
+        cls,
+        preset: str,
+        timesteps: str,
+        noise_mode: str,
+        guidance: str,
+        cfg: float,
+        recipe: SiDRecipe | None = None,
+        model=None,
     ) -> io.NodeOutput:
         check_choice("preset", preset, [KEEP, *PRESETS])
         if preset != KEEP:
-            recipe = PRESETS[preset]
+            recipe = PRESETS[preset] if model is None else fit_preset(model, PRESETS[preset], "model")
         if recipe is None:
             raise ValueError("recipe: expected a connected recipe or a preset, got neither.")
         changes: dict = {}

@@ -30,7 +30,9 @@ from .nag import NAG_SCALE
 DEFAULT_PRESET = "SiD 625 (4 steps)"
 FROM_RECIPE = "from the recipe"
 STARTS = ("auto", "noise", "latent")
-STEPS_TOOLTIP = "Network calls. 0: as many as it was trained for; another number takes the same ladder's timesteps."
+STEPS_TOOLTIP = (
+    "Network calls. 0: as many as it was trained for; another number takes SiD's timesteps from the same first one."
+)
 DENOISE_TOOLTIP = (
     "1: a new picture. Below 1: keeps that much less of the given latent's structure, on the last of the trained "
     "timesteps (4 steps at 0.5: the last 2)."
@@ -67,6 +69,33 @@ def make_sigmas(model, recipe: SiDRecipe | None, steps: int, denoise: float) -> 
         )
     sigmas = model.get_model_object("model_sampling").sigmas
     return torch.cat([sigmas[last_timesteps(timesteps, denoise)].float().cpu(), torch.zeros(1)]), messages
+
+
+def idle_ranges(model, sigmas: Tensor, conditioning) -> list[str]:
+    """What the user should be told about prompts and ControlNets of CONDITIONING that are on at none of ``sigmas``.
+
+    Their percentages count timesteps down from 999, and the first of the chain may be 625.
+    """
+    sampling = model.get_model_object("model_sampling")
+    levels = sigmas[:-1].tolist()
+
+    def is_idle(start: float, end: float) -> bool:
+        first, last = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+        return not any(last <= level <= first for level in levels)
+
+    ranges = set()
+    for _, extra in conditioning:
+        ranges.add(("prompt", extra.get("start_percent", 0.0), extra.get("end_percent", 1.0)))
+        control = extra.get("control")
+        while control is not None:
+            ranges.add(("ControlNet", *control.timestep_percent_range))
+            control = control.previous_controlnet
+    places = ", ".join(f"{1 - float(t) / 999:.1%}" for t in sampling.timestep(sigmas[:-1]))
+    return [
+        f"A {what} that is on from {start:.1%} to {end:.1%} is never used: the steps are at {places}."
+        for what, start, end in sorted(ranges)
+        if is_idle(start, end)
+    ]
 
 
 class FewStepSampler(comfy.samplers.KSAMPLER):
@@ -197,7 +226,7 @@ class SiDFewStepSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of all noise; the same seed is the same picture on every device.",
+                    tooltip="Of all noise, which is the same on every device.",
                 ),
                 _steps_input(),
                 _denoise_input(),
@@ -233,7 +262,8 @@ class SiDFewStepSampler(io.ComfyNode):
         sigmas, messages = make_sigmas(model, recipe, steps, denoise)
         sampler = make_sampler(recipe, noise_mode, "noise" if denoise == 1 else "latent")
         guider, more = make_guider(model, positive, negative, recipe, guidance, cfg, nag_scale)
-        warn(cls, messages + more)
+        idle = idle_ranges(model, sigmas, [*positive, *(negative or [])])
+        warn(cls, messages + more + idle)
         return io.NodeOutput(*sample(guider, sampler, sigmas, latent_image, seed))
 
 

@@ -93,6 +93,16 @@ def model(unet_file):
 
 
 @pytest.fixture(scope="session")
+def v_model(tensors):
+    """The same weights, taken for v-prediction."""
+    import comfy.sd
+    import torch
+
+    v_prediction = dict(tensors) | {"v_pred": torch.zeros(0)}
+    return comfy.sd.load_diffusion_model_state_dict(v_prediction, model_options={"dtype": torch.float32})
+
+
+@pytest.fixture(scope="session")
 def server(pack, tmp_path_factory):
     """A running ComfyUI with small models under the names that the workflows use."""
     from comfy_server import Server

@@ -103,18 +103,18 @@ def file_without_a_recipe(kit: Kit):
     kit.load_unet()
 
 
-@message(r"Could not detect model type of: .*file.safetensors")
+@message(r"file.safetensors: expected an SDXL UNet, but ComfyUI finds no diffusion model in it. A LoRA goes into")
 def lora_as_a_diffusion_model(kit: Kit):
     kit.load_unet(kit.lora, kit.recipe)
 
 
-@message(r"Could not detect model type of: .*file.safetensors")
+@message(r"file.safetensors: expected an SDXL checkpoint, but ComfyUI finds no diffusion model in it. A LoRA goes into")
 def lora_as_a_checkpoint(kit: Kit):
     name = kit.put("checkpoints", "file.safetensors", kit.lora, kit.recipe.to_metadata())
     run(kit.nodes["SiDCheckpointLoader"], ckpt_name=name)
 
 
-@message(r"file.safetensors: expected an SDXL model, got BaseModel")
+@message(r"file.safetensors: expected an SDXL model, got one of SD 1.x's or 2.x's class")
 def preset_for_a_model_that_is_not_sdxl(kit: Kit):
     kit.load_unet(kit.sd15_model.model.diffusion_model.state_dict(), recipe=PRESET)
 
@@ -144,12 +144,12 @@ def recipe_of_another_noise_schedule(kit: Kit):
     kit.load_unet(says=replace(kit.recipe, zero_terminal_snr=True))
 
 
-@message(r"none of its \d+ modules match; the first is 'base_model.model.*convert peft or diffusers files first")
+@message(r"none of its \d+ tensors match; the first is 'base_model.model.*convert peft or diffusers files first")
 def lora_with_names_that_comfyui_does_not_read(kit: Kit):
     kit.load_lora({k.replace("lora_unet_", "base_model.model."): v for k, v in kit.lora.items()})
 
 
-@message(r"1 of its \d+ modules match nothing in this model: lora_unet_elsewhere.*Set 'allow_partial'")
+@message(r"2 of its \d+ tensors match nothing in this model: lora_unet_elsewhere.lora_down.weight.*Set 'allow_partial'")
 def lora_that_matches_in_part(kit: Kit):
     extra = {f"lora_unet_elsewhere.lora_{way}.weight": torch.ones(4, 4) for way in ("up", "down")}
     kit.load_lora(kit.lora | extra)
@@ -160,12 +160,20 @@ def lora_for_another_prediction_type(kit: Kit):
     kit.load_lora(kit.lora, prediction_type="v_prediction")
 
 
-@message(r"lora.safetensors: expected an SDXL model, got BaseModel")
+@message(r"lora.safetensors: expected an SDXL model, got one of SD 1.x's or 2.x's class")
 def lora_on_a_model_that_is_not_sdxl(kit: Kit):
     kit.load_lora(kit.lora, kit.sd15_model)
 
 
-@message(r"expected a LoRA for this SDXL model, but none of its \d+ modules match")
+@message(
+    r"expected a LoRA of (\d+) x (\d+) for diffusion_model.*, got \1 x (?!\2 )\d+ \(ranks 4 and 4\).*another model than"
+)
+def lora_of_other_widths(kit: Kit):
+    widen = torch.nn.functional.pad
+    kit.load_lora({k: widen(v, (0, 8)) if k.endswith("lora_down.weight") else v for k, v in kit.lora.items()})
+
+
+@message(r"expected a LoRA for this SDXL model, but none of its \d+ tensors match")
 def checkpoint_as_a_lora(kit: Kit):
     kit.load_lora(kit.tensors)
 
@@ -198,7 +206,7 @@ def lcm_patch(kit: Kit):
     kit.sample(model=patched(kit, "lcm"))
 
 
-@message(r"model: expected an SDXL model, got BaseModel")
+@message(r"model: expected an SDXL model, got one of SD 1.x's or 2.x's class")
 def model_that_is_not_sdxl(kit: Kit):
     kit.sample(model=kit.sd15_model, recipe=None)
 

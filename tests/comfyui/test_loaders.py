@@ -56,6 +56,13 @@ class TestDiffusionModel:
         assert run(nodes["SiDDiffusionModelLoader"], unet_name=right)[1] == recipe
 
 
+def test_checkpoint_without_text_encoders_says_so(nodes, put, tensors, recipes, caplog):
+    tensors = {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
+    name = put("checkpoints", "unet-only.safetensors", tensors, recipes.SiDRecipe().to_metadata())
+    assert run(nodes["SiDCheckpointLoader"], ckpt_name=name)[1] is None
+    assert "The file has no text encoders: take CLIP from another SDXL checkpoint" in text_of(caplog)
+
+
 class TestLoRA:
     def test_every_module_is_applied(self, nodes, model, put, lora, recipes):
         name = put("loras", "sid.safetensors", lora, recipes.SiDRecipe().to_metadata())
@@ -78,10 +85,43 @@ class TestLoRA:
         name = put("loras", "partial.safetensors", lora | extra, recipes.SiDRecipe().to_metadata())
         patched, _ = run(nodes["SiDLoRALoader"], model=model, lora_name=name, allow_partial=True)
         assert len(patched.patches) == len(lora) // 3
-        assert "1 modules of the LoRA match nothing in this model: lora_unet_elsewhere" in text_of(caplog)
+        told = f"applied in part: 2 of its {len(lora) + 2} tensors match nothing in this model: lora_unet_elsewhere"
+        assert told in text_of(caplog)
+
+    def test_text_encoders_are_left_alone(self, nodes, model, put, lora, recipes, caplog):
+        extra = {f"lora_te1_text_model_encoder.lora_{way}.weight": torch.ones(4, 4) for way in ("up", "down")}
+        name = put("loras", "with-text.safetensors", lora | extra, recipes.SiDRecipe().to_metadata())
+        patched, _ = run(nodes["SiDLoRALoader"], model=model, lora_name=name)
+        assert len(patched.patches) == len(lora) // 3
+        assert "2 tensors of the LoRA are for text encoders, which this node leaves as they are" in text_of(caplog)
+
+    def test_other_kinds_of_adapters(self, nodes, model, put, lora, recipes, caplog):
+        """LoHa: what ComfyUI reads is taken, and nothing of it is called missing."""
+        tensors = {}
+        for key, down in lora.items():
+            if key.endswith(".lora_down.weight"):
+                module = key.removesuffix(".lora_down.weight")
+                up = lora[f"{module}.lora_up.weight"]
+                for part in ("w1", "w2"):
+                    tensors |= {f"{module}.hada_{part}_a": up.clone(), f"{module}.hada_{part}_b": down.clone()}
+        name = put("loras", "loha.safetensors", tensors, recipes.SiDRecipe().to_metadata())
+        patched, _ = run(nodes["SiDLoRALoader"], model=model, lora_name=name)
+        assert len(patched.patches) == len(lora) // 3
+        assert text_of(caplog) == ""
+
+    def test_a_preset_takes_the_prediction_type_of_the_model(self, nodes, v_model, put, lora):
+        name = put("loras", "v.safetensors", lora)
+        _, recipe = run(nodes["SiDLoRALoader"], model=v_model, lora_name=name, recipe="DMD2 (4 steps)")
+        assert recipe.prediction_type == "v_prediction"
 
 
 class TestRecipeNodes:
+    def test_a_preset_takes_the_prediction_type_of_the_model(self, nodes, v_model, recipes):
+        (recipe,) = run(nodes["SiDRecipeOverride"], preset="DMD2 (4 steps)", model=v_model)
+        assert recipe == replace(recipes.PRESETS["DMD2 (4 steps)"], prediction_type="v_prediction")
+        (sigmas,) = run(nodes["SiDScheduler"], model=v_model, recipe=recipe)
+        assert len(sigmas) == 5
+
     def test_override(self, nodes, recipes):
         (preset,) = run(nodes["SiDRecipeOverride"], preset="LCM (4 steps)")
         assert preset == recipes.PRESETS["LCM (4 steps)"]

@@ -11,15 +11,6 @@ from helpers import call, conditioning, empty_latent, module, native_fallback, r
 
 
 @pytest.fixture(scope="module")
-def v_model(unet_file):
-    import comfy.sd
-    from safetensors.torch import load_file
-
-    tensors = load_file(unet_file) | {"v_pred": torch.zeros(0)}
-    return comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": torch.float32})
-
-
-@pytest.fixture(scope="module")
 def make_recipe(pack):
     recipe = module(pack, "sid_train.core.recipe").SiDRecipe()
 
@@ -56,6 +47,8 @@ def diffusers_reference(network, recipe, seed: int, noises) -> torch.Tensor:
             alpha = scheduler.alphas_cumprod[recipe.timesteps[k - 1]]
             noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
         x = scheduler.add_noise(x0, noise, torch.tensor([t]))
+        if k == 0 and recipe.unit_variance_start:
+            x = noise
         x0 = scheduler.step(network(x, t), t, x, generator=torch.Generator()).pred_original_sample
     return x0
 
@@ -65,9 +58,21 @@ def diffusers_reference(network, recipe, seed: int, noises) -> torch.Tensor:
 @pytest.mark.parametrize("t_init", [625, 999])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, steps, t_init, noise_mode, prediction):
-    core = module(pack, "sid_train.core.sampling")
     recipe = make_recipe(steps, t_init, noise_mode, prediction)
-    patcher = model if prediction == "epsilon" else v_model
+    check_against_diffusers(pack, nodes, model if prediction == "epsilon" else v_model, recipe)
+
+
+PRESET_NAMES = ("SiD 999 (2 steps)", "DMD2 (4 steps)", "DMD2 (1 step)", "LCM (4 steps)", "Lightning (4 steps)")
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_presets_equal_diffusers(pack, nodes, model, recipes, preset):
+    """Those of unit variance too: the network's first input is the noise itself."""
+    check_against_diffusers(pack, nodes, model, recipes.PRESETS[preset])
+
+
+def check_against_diffusers(pack, nodes, patcher, recipe) -> None:
+    core = module(pack, "sid_train.core.sampling")
     positive = conditioning(1)
     latent = empty_latent()
     (result, _) = run(
@@ -75,11 +80,11 @@ def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, step
     )
 
     first = core.initial_noise((1, 4, 16, 16), 7)
-    if noise_mode == "fixed":
-        noises = [first] * steps
+    if recipe.noise_mode == "fixed":
+        noises = [first] * recipe.steps
     else:
         fresh = core.seeded_noise(first, 7)
-        noises = [first, *(fresh(k) for k in range(1, steps))]
+        noises = [first, *(fresh(k) for k in range(1, recipe.steps))]
     base = patcher.model
     size = patcher.model.encode_adm(pooled_output=positive[0][1]["pooled_output"], width=128, height=128, device="cpu")
 
@@ -94,24 +99,32 @@ def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, step
     assert expected.std() > 0.1
 
 
-def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, model, make_recipe):
+def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, model, make_recipe, caplog):
     from comfy_extras.nodes_custom_sampler import RandomNoise, SamplerCustomAdvanced
 
     image = {"samples": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5)), "batch_index": [3, 1]}
-    for guidance, denoise in (("none", 1.0), ("nag", 1.0), ("cfg", 0.5), ("cfg first step only", 0.5)):
-        recipe = make_recipe()
+    for guidance, denoise, steps in (
+        ("none", 1.0, 4),
+        ("nag", 1.0, 4),
+        ("cfg", 0.5, 4),
+        ("cfg first step only", 0.5, 4),
+        ("none", 0.75, 2),  # rounds to all steps
+    ):
+        recipe = make_recipe(steps)
+        start = "latent" if (steps, denoise) == (2, 0.75) else "auto"
         both = {"positive": conditioning(1), "negative": conditioning(2), "model": model, "recipe": recipe}
         ours, denoised = run(
             nodes["SiDFewStepSampler"], **both, latent_image=image, seed=11, guidance=guidance, denoise=denoise
         )
         (sigmas,) = run(nodes["SiDScheduler"], model=model, recipe=recipe, denoise=denoise)
-        (sampler,) = run(nodes["SiDSamplerSelect"], recipe=recipe)
+        (sampler,) = run(nodes["SiDSamplerSelect"], recipe=recipe, start=start)
         (guider,) = run(nodes["SiDGuidance"], **both, guidance=guidance)
         (noise,) = call(RandomNoise, 11)
         theirs, theirs_denoised = call(SamplerCustomAdvanced, noise, guider, sampler, sigmas, image)
         assert torch.equal(ours["samples"], theirs["samples"])
         assert torch.equal(denoised["samples"], theirs_denoised["samples"])
         assert ours["batch_index"] == [3, 1]
+    assert "denoise 0.75 rounds to all 2 steps: set 'start' of SiD Sampler Select to 'latent'" in text_of(caplog)
 
 
 def test_native_fallback_is_another_picture(nodes, model, make_recipe):
@@ -235,16 +248,16 @@ class TestNAG:
         assert "patches_replace" not in model.model_options.get("transformer_options", {})
 
     def test_prompts_of_different_length_and_batches(self, nodes, model, make_recipe):
-        run(
-            nodes["SiDFewStepSampler"],
-            model=model,
-            positive=conditioning(1, tokens=154),
-            negative=conditioning(2, tokens=77),
-            latent_image=empty_latent(2),
-            recipe=make_recipe(),
-            seed=0,
-            guidance="nag",
-        )
+        """Every image has its own negative prompt, in turn: the same as alone."""
+        inputs = {"model": model, "positive": conditioning(1, tokens=154), "recipe": make_recipe(), "guidance": "nag"}
+        first, second = conditioning(2), conditioning(3)
+        both = [[torch.cat([first[0][0], second[0][0]]), first[0][1]]]
+        (batch, _) = run(nodes["SiDFewStepSampler"], **inputs, negative=both, latent_image=empty_latent(4), seed=0)
+        for i, negative in ((2, first), (3, second)):
+            alone = empty_latent() | {"batch_index": [i]}
+            (one, _) = run(nodes["SiDFewStepSampler"], **inputs, negative=negative, latent_image=alone, seed=0)
+            torch.testing.assert_close(one["samples"][0], batch["samples"][i], rtol=1e-3, atol=1e-3)
+        assert (batch["samples"][2] - batch["samples"][3]).abs().max() > 1e-2
 
     def test_formula(self, pack):
         blend = module(pack, "nodes.nag").nag_blend
@@ -300,7 +313,7 @@ class TestWithOtherNodes:
         torch.testing.assert_close(sample(positive=hooked), sample(model=patched), rtol=1e-3, atol=1e-3)
         assert (sample(positive=hooked) - sample()).abs().max() > 1e-2
 
-    def test_controlnet_with_every_guidance(self, sample):
+    def test_controlnet_with_every_guidance(self, sample, caplog):
         import comfy.controlnet
         from small_models import controlnet_tensors
 
@@ -313,7 +326,31 @@ class TestWithOtherNodes:
         for guidance in ("none", "cfg", "cfg first step only", "nag"):
             controlled = sample(positive=positive, negative=negative, guidance=guidance)
             assert (controlled - sample(negative=conditioning(2), guidance=guidance)).abs().max() > 1e-2, guidance
+        early, _ = apply(conditioning(1), conditioning(2), network, hint, 0.5, 0.0, 0.3)
+        caplog.clear()
+        assert torch.equal(sample(positive=early), sample())
+        assert "A ControlNet that is on from 0.0% to 30.0% is never used" in text_of(caplog)
         assert (controlled - sample(positive=positive)).abs().max() > 1e-2  # nag acts beside the ControlNet
+
+
+def test_ranges_that_no_step_is_in_are_named(nodes, model, make_recipe, caplog):
+    import nodes as comfyui_nodes
+
+    inputs = {"model": model, "latent_image": empty_latent(), "recipe": make_recipe(), "seed": 0}
+
+    def sample(end: float) -> torch.Tensor:
+        caplog.clear()
+        (timed,) = call(comfyui_nodes.ConditioningSetTimestepRange, conditioning(2), 0.0, end)
+        return run(nodes["SiDFewStepSampler"], **inputs, positive=conditioning(1) + timed)[0]["samples"]
+
+    plain = run(nodes["SiDFewStepSampler"], **inputs, positive=conditioning(1))[0]["samples"]
+    assert torch.equal(sample(0.37), plain)
+    assert (
+        "A prompt that is on from 0.0% to 37.0% is never used: the steps are at 37.4%, 53.2%, 68.8%, 84.4%."
+        in text_of(caplog)
+    )
+    assert not torch.equal(sample(0.38), plain)
+    assert text_of(caplog) == ""
 
 
 def test_model_is_left_as_it_was(nodes, model, make_recipe):
