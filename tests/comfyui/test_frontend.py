@@ -63,6 +63,17 @@ def test_workflow_in_the_frontend(page, server, name, tmp_path):
         seen = made["output"][number]
         assert (seen["class_type"], seen["inputs"]) == (node["class_type"], node["inputs"]), number
 
+    queue(page, server)
+    page.keyboard.press("Escape")  # the template browser opens on a first visit
+    shot = tmp_path / f"{name}.png"
+    photograph(page, shot)
+    if folder := os.environ.get("SID_SCREENSHOTS"):
+        picture = ImageOps.pad(Image.open(shot).convert("RGB"), (960, 540), color=BACKGROUND)
+        picture.save(Path(folder) / f"{name}.jpg", quality=85)
+
+
+def queue(page, server) -> None:
+    """Runs the graph that is open, to its end."""
     before = set(server.get("/history"))
     page.evaluate("app.queuePrompt(0)")
     end = time.monotonic() + 120
@@ -70,12 +81,28 @@ def test_workflow_in_the_frontend(page, server, name, tmp_path):
         page.wait_for_timeout(200)
     assert len(new) == 1
     assert server.wait(new.pop())["status"]["status_str"] == "success"
-    page.keyboard.press("Escape")  # the template browser opens on a first visit
-    shot = tmp_path / f"{name}.png"
-    photograph(page, shot)
-    if folder := os.environ.get("SID_SCREENSHOTS"):
-        picture = ImageOps.pad(Image.open(shot).convert("RGB"), (960, 540), color=BACKGROUND)
-        picture.save(Path(folder) / f"{name}.jpg", quality=85)
+
+
+def test_a_warning_goes_when_it_is_no_longer_true(page, server):
+    page.evaluate("app.loadGraphData.bind(app)", small(json.loads((WORKFLOWS / "text_to_image.json").read_text())))
+    shown = []
+    for steps in (2, 0):
+        page.evaluate(
+            """(steps) => {
+                const [sampler] = app.graph.nodes.filter((n) => n.type === "SiDFewStepSampler");
+                sampler.widgets.find((w) => w.name === "steps").value = steps;
+            }""",
+            steps,
+        )
+        queue(page, server)
+        shown.append(
+            page.evaluate(
+                """() => app.graph.nodes.find((n) => n.type === "SiDFewStepSampler").widgets
+                    .filter((w) => w.name.includes("text-preview")).map((w) => w.value).join()"""
+            )
+        )
+    assert "Sampling in 2 steps (625 312) what was trained for 4" in shown[0]
+    assert shown[1] == "No warnings."
 
 
 def photograph(page, path: Path) -> None:
