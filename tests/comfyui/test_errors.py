@@ -5,7 +5,9 @@ One function a mistake, with the message that it has to give: what was expected,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ class Kit:
 
     def write_recipe(self, teacher: dict | None = None, file: str = "base.safetensors", **changes):
         """With a ``file`` of ``teacher``'s tensors, or of right ones."""
-        name = self.put("checkpoints", file, teacher_tensors(self.tensors) if teacher is None else teacher)
+        name = self.put("checkpoints", file, teacher_tensors() if teacher is None else teacher)
         return run(self.nodes["SiDTrainingRecipe"], **{"teacher": name, "prompts": "a cat"} | changes)
 
 
@@ -384,19 +386,16 @@ def training_without_prompts(kit: Kit):
     kit.write_recipe(prompts=" \n")
 
 
-def mistyped_path(path: str):
-    """Registers a path at which there are no prompts."""
-
-    def mistake(kit: Kit):
-        kit.write_recipe(prompts=path)
-
-    mistake.__name__ = f"training_on_a_mistyped_path: {path}"
-    text = f"prompts: expected prompts, a .txt, .* or a folder of captions; there is nothing at {path!r}. Correct"
-    message(text.replace("\\", "\\\\"))(mistake)
-
-
-for path in ("/nowhere/p.txt", "/nowhere/my captions", r"C:\nowhere\my captions", "nowhere/captions", "p.jsonl"):
-    mistyped_path(path)
+MISTYPED = ("/nowhere/p.txt", "/nowhere/my captions", r"C:\nowhere\my captions", "nowhere/captions", "p.jsonl")
+MISTAKES += [
+    pytest.param(
+        partial(Kit.write_recipe, prompts=path),
+        r"prompts: expected prompts, a .txt, .* folder of captions; "
+        + re.escape(f"there is nothing at {path!r}. Correct"),
+        id=f"training_on_a_mistyped_path: {path}",
+    )
+    for path in MISTYPED
+]
 
 
 @message(r"prompts: expected prompts, a .txt, .* this is another file at '.*p.tsv'. Correct the path")
@@ -410,9 +409,7 @@ def training_on_a_data_set_without_an_owner(kit: Kit):
     kit.write_recipe(prompts="hf:prompts of cats")
 
 
-@message(
-    r"pairs: expected a folder of image-text pairs, .* or nothing; there is nothing at '/nowhere'. Correct"
-)
+@message(r"pairs: expected a folder of image-text pairs, .* or nothing; there is nothing at '/nowhere'. Correct")
 def training_on_missing_pairs(kit: Kit):
     kit.write_recipe(pairs="/nowhere")
 

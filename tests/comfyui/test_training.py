@@ -14,18 +14,25 @@ from sid_train.config import load_config
 from sid_train.data.pictures import open_pictures
 
 
-def teacher_tensors(unet: dict) -> dict:
-    """A checkpoint that the node takes as a teacher: ``unet`` (ldm names), and a tensor of each text encoder."""
+def teacher_tensors(unet: dict | None = None) -> dict:
+    """A checkpoint of ``unet`` (ldm names), or of a narrow one of SDXL's class, and a tensor of each text encoder."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from small_models import UNET_CONFIG
+
+    if unet is None:
+        config = UNET_CONFIG | {"model_channels": 64, "context_dim": 64}
+        unet = UNetModel(**config, dtype=torch.float16, operations=comfy.ops.disable_weight_init).state_dict()
     text = ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "conditioner.embedders.1.model.a")
     return {f"model.diffusion_model.{k}": v for k, v in unet.items()} | {k: torch.zeros(1) for k in text}
 
 
 @pytest.fixture
-def write(nodes, put, tensors, folders, tmp_path, monkeypatch):
+def write(nodes, put, folders, tmp_path, monkeypatch):
     """Runs the node in a folder of its own: the command and the configuration that it wrote."""
     monkeypatch.setattr(folders, "get_output_directory", lambda: str(tmp_path / "put out"))
     monkeypatch.chdir(tmp_path)
-    teacher = put("checkpoints", "base.safetensors", teacher_tensors(tensors))
+    teacher = put("checkpoints", "base.safetensors", teacher_tensors())
 
     def recipe(**changes):
         (command,) = run(nodes["SiDTrainingRecipe"], **{"teacher": teacher, "prompts": "a cat"} | changes)
