@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..sid_train.config import RECIPES, config_from_dict, read_toml
+from ..sid_train.core.recipe import read_safetensors_metadata
 from ..sid_train.core.sampling import MAX_STEPS
+from ..sid_train.data.pictures import expand_braces
 from ..sid_train.files import write_text
+from ..sid_train.models.sdxl_keys import unet_config
+from ..sid_train.tensors import open_tensors
 from .common import StrategyType, check_choice, schema, show
 
 # What the trainer ships for SDXL: the settings that this node does not ask for. A second stage, with pairs, also needs
@@ -22,6 +27,10 @@ DEFAULT_BASE = "sdxl-4step-lora-24gb"  # the one that fits a user's card
 PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
 GAN_WEIGHT = 0.01
+# Where a checkpoint has its UNet, and the two text encoders without which no prompt can be encoded.
+UNET = "model.diffusion_model."
+TEXT_ENCODERS = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
+WINDOWS = os.name == "nt"
 
 
 class SiDTrainingRecipe(io.ComfyNode):
@@ -39,14 +48,14 @@ class SiDTrainingRecipe(io.ComfyNode):
                 io.Combo.Input(
                     "teacher",
                     options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="The SDXL checkpoint to distil, in models/checkpoints.",
+                    tooltip="The SDXL checkpoint to distil: a safetensors file in models/checkpoints.",
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
                     tooltip="What it is trained on: one prompt a line, or the path of a .txt, .jsonl, .csv or .parquet "
-                    "file with thousands, or of a folder of captions.",
+                    "file with thousands, or of a folder of captions, or hf:owner/name for a data set on the hub.",
                 ),
                 io.Combo.Input(
                     "base",
@@ -65,8 +74,8 @@ class SiDTrainingRecipe(io.ComfyNode):
                 io.String.Input(
                     "pairs",
                     default="",
-                    tooltip="Empty: data-free, from the prompts alone. Else the folder of real image-text pairs for "
-                    "the Diffusion-GAN loss.",
+                    tooltip="Empty: data-free, from the prompts alone. Else real image-text pairs for the "
+                    "Diffusion-GAN loss: a folder, shards such as path/{0000..0099}.tar, or a .parquet file.",
                 ),
                 io.String.Input(
                     "name", default="my-sid", tooltip="Name of the run: letters, digits, '-', '_' and '.'."
@@ -87,38 +96,94 @@ class SiDTrainingRecipe(io.ComfyNode):
         def change(section: str, **settings) -> None:
             values.setdefault(section, {}).update(settings)
 
-        change("model", teacher=folder_paths.get_full_path_or_raise("checkpoints", teacher))
+        change("model", teacher=_teacher_file(teacher))
         change("data", prompts=_prompt_source(prompts, folder / f"{name}.prompts.txt"))
         change("method", steps=steps)
         if strategy:
             change("method", guidance=strategy)
         if pairs.strip():
-            change("data", pairs=_existing("pairs", pairs.strip(), "a folder of image-text pairs, or nothing"))
+            change("data", pairs=_pair_source(pairs.strip()))
             change("gan", generator_weight=GAN_WEIGHT)
         config = config_from_dict(values, "SiD Training Recipe")
         path = folder / f"{name}.toml"
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, config.to_toml())
-        command = f"python -m sid_train distill --config {shlex.quote(str(path))} --out {shlex.quote(f'runs/{name}')}"
+        command = f"python -m sid_train distill --config {_quoted(str(path))} --out runs/{name}"
         text = f'{command}\n\n(in {Path(__file__).parents[1]}, after pip install -e ".[sdxl]" there)'
         show(cls, text)
         return io.NodeOutput(command, ui=ui.PreviewText(text))
 
 
+def _teacher_file(name: str) -> str:
+    """The path of a checkpoint that the trainer can distil, by its header; ValueError for any other file."""
+    path = folder_paths.get_full_path_or_raise("checkpoints", name)
+    if not path.lower().endswith((".safetensors", ".sft")):
+        raise ValueError(f"teacher: {path}: expected a safetensors file. Convert it first: other formats can run code.")
+    read_safetensors_metadata(path)  # refuses a file that was cut off
+    shapes = {key: tensor.shape for key, tensor in open_tensors(Path(path)).items()}
+    unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
+    try:
+        unet_config(unet or shapes)
+    except ValueError as error:
+        raise ValueError(f"teacher: {path}: {error}. Choose a whole SDXL checkpoint.") from None
+    for prefix in TEXT_ENCODERS:
+        if not any(key.startswith(prefix) for key in shapes):
+            raise ValueError(
+                f"teacher: {path}: expected SDXL's two text encoders beside the UNet, got no tensor named {prefix}*. "
+                "Choose a whole SDXL checkpoint."
+            )
+    return path
+
+
 def _prompt_source(prompts: str, path: Path) -> str:
-    """The file or folder that was named, or ``path`` with the prompts that were typed."""
+    """The data set, file or folder that was named, or ``path`` with the prompts that were typed."""
     lines = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not lines:
         raise ValueError("prompts: expected prompts, one a line, or the path of a file of them; got nothing")
-    if len(lines) == 1 and (lines[0].lower().endswith(PROMPT_FILES) or Path(lines[0]).is_dir()):
-        return _existing("prompts", lines[0], "a file or folder of prompts")
+    if len(lines) == 1 and lines[0].startswith("hf:"):
+        if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", lines[0]):
+            raise ValueError(f"prompts: expected hf:owner/name, a data set on the Hugging Face hub, got {lines[0]!r}")
+        return lines[0]
+    if len(lines) == 1 and _is_meant_as_path(lines[0]):
+        return _prompt_path(lines[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "\n".join(lines) + "\n")
     return str(path)
 
 
-def _existing(name: str, path: str, expected: str) -> str:
-    """The absolute path, since the command runs in another folder than ComfyUI; ValueError if nothing is there."""
-    if not Path(path).exists():
-        raise ValueError(f"{name}: expected {expected}; there is nothing at {path!r}")
-    return str(Path(path).resolve())
+def _is_meant_as_path(line: str) -> bool:
+    """Whether it cannot be a prompt, be there something at it or not."""
+    return (
+        os.path.isdir(line)  # not Path.is_dir, which raises where a prompt is too long for a file's name
+        or line.lower().endswith(PROMPT_FILES)
+        or PurePosixPath(line).is_absolute()
+        or PureWindowsPath(line).is_absolute()
+        or re.fullmatch(r"\S*[/\\]\S*", line) is not None
+    )
+
+
+def _prompt_path(line: str) -> str:
+    """The absolute path, since the command runs in another folder than ComfyUI; ValueError if no prompts are there."""
+    if not (os.path.isdir(line) or (os.path.isfile(line) and line.lower().endswith(PROMPT_FILES))):
+        raise ValueError(
+            f"prompts: expected prompts, a {', '.join(PROMPT_FILES)} file or a folder of captions; "
+            f"{'this is another file' if os.path.isfile(line) else 'there is nothing'} at {line!r}. Correct the path; "
+            "if it is a prompt, put it into a .txt file."
+        )
+    return os.path.abspath(line)  # a link keeps its name: what it points to may have no suffix
+
+
+def _pair_source(source: str) -> str:
+    """The absolute path, shards in braces included; ValueError if one of them is missing."""
+    for path in expand_braces(source):
+        if not os.path.exists(path):
+            raise ValueError(
+                f"pairs: expected a folder of image-text pairs, .tar shards or a .parquet file, or nothing; there is "
+                f"nothing at {path!r}. Correct the path."
+            )
+    return os.path.abspath(source)
+
+
+def _quoted(path: str) -> str:
+    """As one word of a command: Windows' cmd knows no single quotes, and its paths hold no double ones."""
+    return f'"{path}"' if WINDOWS else shlex.quote(path)

@@ -5,13 +5,16 @@ One function a mistake, with the message that it has to give: what was expected,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import conditioning, empty_latent, run
+from test_training import teacher_tensors
 
 MISTAKES = []
 PRESET = "SiD 625 (4 steps)"
@@ -64,9 +67,10 @@ class Kit:
         zeros = torch.zeros(1, 4, 16, 16)
         return guider.sample(zeros, zeros, sampler, torch.tensor(sigmas), seed=0)
 
-    def write_recipe(self, **changes):
-        teacher = self.put("checkpoints", "base.safetensors", {"a": torch.zeros(1)})
-        return run(self.nodes["SiDTrainingRecipe"], **{"teacher": teacher, "prompts": "a cat"} | changes)
+    def write_recipe(self, teacher: dict | None = None, file: str = "base.safetensors", **changes):
+        """With a ``file`` of ``teacher``'s tensors, or of right ones."""
+        name = self.put("checkpoints", file, teacher_tensors() if teacher is None else teacher)
+        return run(self.nodes["SiDTrainingRecipe"], **{"teacher": name, "prompts": "a cat"} | changes)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -357,19 +361,71 @@ def unknown_strategy(kit: Kit):
     run(kit.nodes["SiDDistillationGuidance"], strategy="x")
 
 
+@message(r"teacher: .*base.ckpt: expected a safetensors file. Convert it first")
+def pickled_teacher(kit: Kit):
+    kit.write_recipe(file="base.ckpt")
+
+
+@message(r"teacher: .*base.safetensors: UNet: expected tensors such as .* got a \.\.\.. Choose a whole SDXL checkpoint")
+def teacher_that_is_no_model(kit: Kit):
+    kit.write_recipe({"a": torch.zeros(1)})
+
+
+@message(r"teacher: .*base.safetensors: UNet: expected .* \(SD 1.5 or 2.x\). Choose a whole SDXL checkpoint")
+def teacher_that_is_not_sdxl(kit: Kit):
+    kit.write_recipe(teacher_tensors(kit.sd15_model.model.diffusion_model.state_dict()))
+
+
+@message(r"teacher: .*base.safetensors: expected SDXL's two text encoders .* Choose a whole SDXL checkpoint")
+def teacher_without_text_encoders(kit: Kit):
+    kit.write_recipe(kit.tensors)
+
+
+@message(r"base.safetensors: expected .* bytes, but the file ends after .*: copy or download it again")
+def teacher_that_was_cut_off(kit: Kit):
+    kit.write_recipe()
+    path = kit.folder / "checkpoints" / "base.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    run(kit.nodes["SiDTrainingRecipe"], teacher="base.safetensors", prompts="a cat")
+
+
 @message(r"prompts: expected prompts, one a line, or the path of a file of them; got nothing")
 def training_without_prompts(kit: Kit):
     kit.write_recipe(prompts=" \n")
 
 
-@message(r"prompts: expected a file or folder of prompts; there is nothing at '/nowhere/p.txt'")
-def training_on_a_missing_file(kit: Kit):
-    kit.write_recipe(prompts="/nowhere/p.txt")
+MISTYPED = ("/nowhere/p.txt", "/nowhere/my captions", r"C:\nowhere\my captions", "nowhere/captions", "p.jsonl")
+MISTAKES += [
+    pytest.param(
+        partial(Kit.write_recipe, prompts=path),
+        r"prompts: expected prompts, a .txt, .* folder of captions; "
+        + re.escape(f"there is nothing at {path!r}. Correct"),
+        id=f"training_on_a_mistyped_path: {path}",
+    )
+    for path in MISTYPED
+]
 
 
-@message(r"pairs: expected a folder of image-text pairs, or nothing; there is nothing at '/nowhere'")
+@message(r"prompts: expected prompts, a .txt, .* this is another file at '.*p.tsv'. Correct the path")
+def training_on_a_file_of_another_kind(kit: Kit):
+    (kit.folder / "p.tsv").write_text("a cat")
+    kit.write_recipe(prompts=str(kit.folder / "p.tsv"))
+
+
+@message(r"prompts: expected hf:owner/name, a data set on the Hugging Face hub, got 'hf:prompts of cats'")
+def training_on_a_data_set_without_an_owner(kit: Kit):
+    kit.write_recipe(prompts="hf:prompts of cats")
+
+
+@message(r"pairs: expected a folder of image-text pairs, .* or nothing; there is nothing at '/nowhere'. Correct")
 def training_on_missing_pairs(kit: Kit):
     kit.write_recipe(pairs="/nowhere")
+
+
+@message(r"pairs: expected a folder .*, .tar shards .*; there is nothing at '.*/10.tar'. Correct the path")
+def training_on_a_missing_shard(kit: Kit):
+    (kit.folder / "09.tar").touch()
+    kit.write_recipe(pairs=str(kit.folder / "{09..10}.tar"))
 
 
 @message(r"name: expected letters, digits, .* got '../x'")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import time
+import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +81,8 @@ def test_every_node_has_a_help_page_and_tooltips(server):
             for key, spec in node["input"].get(kind, {}).items():
                 assert spec[1]["tooltip"], (name, key)
         assert all(node["output_tooltips"]), name
-        page = Path(__file__).parents[2] / "nodes" / "web" / "docs" / f"{name}.md"
-        assert page.read_text().startswith(f"# {node['display_name']}\n")
+        with urllib.request.urlopen(f"{server.url}/extensions/ComfyUI-SiD/docs/{name}.md", timeout=30) as page:
+            assert page.read().decode().startswith(f"# {node['display_name']}\n")
 
 
 def test_workflows_are_templates(server):
@@ -87,17 +90,21 @@ def test_workflows_are_templates(server):
 
 
 def test_checkpoints_loaded_one_after_the_other_do_not_leak(server):
-    """Two names of one file, so that each prompt loads anew: what stays grows by less than half a checkpoint."""
+    """Two names of one file, so that each prompt loads anew; a UNet that stayed would add twice its fp16 file.
+
+    The median, since a single load can add or free a whole checkpoint, which ComfyUI itself keeps for a while.
+    """
     prompt = api("text_to_image")
     (loader,) = (content for content in prompt.values() if content["class_type"] == "SiDCheckpointLoader")
     names = ["sd_xl_base_1.0.safetensors", "sdxl-sid-4step.safetensors"]
-    resident = []
-    for turn in range(5):
+    taken = []
+    for turn in range(7):
         loader["inputs"]["ckpt_name"] = names[turn % 2]
         server.run(prompt)
-        resident.append(psutil.Process(server.process.pid).memory_info().rss)
-    size = (server.base / "models" / "checkpoints" / names[0]).stat().st_size
-    assert resident[-1] - resident[1] < size / 2, [f"{r / 2**20:.0f} MiB" for r in resident]
+        taken.append(psutil.Process(server.process.pid).memory_full_info().uss)  # without pages of mapped files
+    growth = [after - before for before, after in pairwise(taken[1:])]
+    unet = (server.base / "models" / "diffusion_models" / "sdxl-sid-4step-unet.safetensors").stat().st_size
+    assert statistics.median(growth) < unet, [f"{g / 2**20:.0f} MiB" for g in growth]
 
 
 def test_interrupt_stops_within_a_step(server):

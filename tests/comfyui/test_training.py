@@ -1,0 +1,91 @@
+"""What the training recipe node writes for right inputs; wrong ones are in test_errors."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+import torch
+from helpers import module, run
+from PIL import Image
+
+from sid_train.config import load_config
+from sid_train.data.pictures import open_pictures
+
+
+def teacher_tensors(unet: dict | None = None) -> dict:
+    """A checkpoint of ``unet`` (ldm names), or of a narrow one of SDXL's class, and a tensor of each text encoder."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from small_models import UNET_CONFIG
+
+    if unet is None:
+        config = UNET_CONFIG | {"model_channels": 64, "context_dim": 64}
+        unet = UNetModel(**config, dtype=torch.float16, operations=comfy.ops.disable_weight_init).state_dict()
+    text = ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "conditioner.embedders.1.model.a")
+    return {f"model.diffusion_model.{k}": v for k, v in unet.items()} | {k: torch.zeros(1) for k in text}
+
+
+@pytest.fixture
+def write(nodes, put, folders, tmp_path, monkeypatch):
+    """Runs the node in a folder of its own: the command and the configuration that it wrote."""
+    monkeypatch.setattr(folders, "get_output_directory", lambda: str(tmp_path / "put out"))
+    monkeypatch.chdir(tmp_path)
+    teacher = put("checkpoints", "base.safetensors", teacher_tensors())
+
+    def recipe(**changes):
+        (command,) = run(nodes["SiDTrainingRecipe"], **{"teacher": teacher, "prompts": "a cat"} | changes)
+        return command, load_config(str(tmp_path / "put out" / "sid_train" / "my-sid.toml"))
+
+    return recipe
+
+
+# One that is longer than a file's name can be, one that is a path but for its spaces, and a character of each kind.
+@pytest.mark.parametrize("prompt", ["a very old cat " * 30, "a black/white cat", "cat", "a cat: hf:owner/name"])
+def test_a_single_prompt_is_written_to_a_file(write, tmp_path, prompt):
+    _, config = write(prompts=prompt)
+    written = tmp_path / "put out" / "sid_train" / "my-sid.prompts.txt"
+    assert config.data.prompts == str(written)
+    assert written.read_text() == prompt.strip() + "\n"
+
+
+def test_data_set_on_the_hub_is_passed_on(write):
+    _, config = write(prompts=" hf:owner/prompts-2.0\n")
+    assert config.data.prompts == "hf:owner/prompts-2.0"
+
+
+@pytest.mark.parametrize("source", ["captions", "my captions", "prompts.TXT"])
+def test_files_and_folders_are_named_absolutely(write, tmp_path, source):
+    path = tmp_path / source
+    if path.suffix:
+        (tmp_path / "3f2a").write_text("a cat\n")
+        path.symlink_to(tmp_path / "3f2a")  # as the hub's cache has its files: only the link has a suffix
+    else:
+        path.mkdir()
+    _, config = write(prompts=source)
+    assert config.data.prompts == str(path)
+
+
+def test_shards_in_braces_are_what_the_trainer_reads(write, tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    for number in ("09", "10"):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, content in ((f"{number}.png", picture.getvalue()), (f"{number}.txt", b"a cat")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    _, config = write(pairs="{09..10}.tar")
+    assert config.data.pairs == str(tmp_path / "{09..10}.tar")
+    assert config.gan.generator_weight > 0
+    assert len(open_pictures(config.data.pairs)) == 2
+
+
+@pytest.mark.parametrize(("windows", "quote"), [(False, "'"), (True, '"')])
+def test_command_is_quoted_as_the_terminal_reads_it(pack, write, tmp_path, monkeypatch, windows, quote):
+    """cmd takes single quotes for part of the path, which here has a space."""
+    monkeypatch.setattr(module(pack, "nodes.training"), "WINDOWS", windows)
+    command, _ = write()
+    path = tmp_path / "put out" / "sid_train" / "my-sid.toml"
+    assert command == f"python -m sid_train distill --config {quote}{path}{quote} --out runs/my-sid"
