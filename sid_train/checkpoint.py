@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,8 +41,16 @@ def _state(networks: Networks, optimizers: Optimizers, generators: Generators) -
         tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+            tensors |= {f"{name}.{index}.{k}": torch.as_tensor(v) for k, v in _flat(state).items()}
     return tensors | {name: generator.get_state() for name, generator in generators.items()}
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state; bitsandbytes gives its 8-bit part as a dictionary in it, and takes it flat as well."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        flat |= value if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -112,10 +120,12 @@ def load_checkpoint(path: Path, networks: Networks, optimizers: Optimizers, gene
     for name, network in networks.items():
         network.load_state_dict(under(f"{name}."))
     for name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {}
         for key, value in under(f"{name}.").items():
             index, _, field = key.partition(".")
-            state.setdefault(int(index), {})[field] = value
+            # Adam's count of steps is a float tensor in PyTorch and a plain integer in bitsandbytes.
+            is_count = value.ndim == 0 and not value.is_floating_point()
+            state.setdefault(int(index), {})[field] = value.item() if is_count else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, generator in generators.items():
         generator.set_state(tensors[name])

@@ -41,12 +41,13 @@ def distill(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.set)
     if is_first_process():
         print(config.to_toml(), flush=True)
-    if args.dry_run:
-        print(dry_run(config, args.out))
-        return
     hardware = hardware_of_run()
     if hardware is not None and is_first_process() and not args.force:
         refuse_what_cannot_fit(config, hardware)
+    if args.dry_run:
+        if is_first_process():
+            print(dry_run(config, args.out))
+        return
     training = config.training
     callbacks: list[Callback] = [Grids(training.grid_every)] if training.grid_every else []
     if training.clip_model:

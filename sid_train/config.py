@@ -73,7 +73,7 @@ class OptimizerConfig:
     """Adam for both networks and the generator's running average."""
 
     kind: Literal["adam", "adam8bit"] = "adam"
-    """adam8bit: bitsandbytes' Adam with 8-bit states; needs a CUDA device and pip install bitsandbytes."""
+    """adam8bit: bitsandbytes' Adam with 8-bit states; needs pip install bitsandbytes."""
     generator_lr: float = 1e-6
     """Learning rate of the generator."""
     fake_score_lr: float = 1e-6

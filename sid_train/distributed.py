@@ -105,6 +105,13 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0)
 
 
+def on_every_rank(accelerator: Accelerator, value: int) -> list[int]:
+    """``value`` of each rank; every rank must call it."""
+    if accelerator.num_processes == 1:
+        return [value]
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+
+
 def mean_over_ranks(accelerator: Accelerator, values: dict[str, float]) -> dict[str, float]:
     """The mean of each value: not finite on every rank if it is not on one. All ranks must call it, with these keys."""
     if accelerator.num_processes == 1:

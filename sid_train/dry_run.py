@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .clip_score import CLIPScorer
 from .config import Config
 from .data import load_pairs, load_prompts
 from .data.cache import Cache, model_facts, prompt_facts
@@ -13,7 +14,7 @@ from .distiller import RealBatch
 from .guidance import GuidanceStrategy
 from .models.bundle import load_model
 from .rng import BatchRNG
-from .trainer import check_run_dir, check_teacher, last_checkpoint, load_init_generator
+from .trainer import adam_class, check_run_dir, check_teacher, last_checkpoint, load_init_generator
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -23,6 +24,9 @@ def _shape(sizes: tuple[int, ...]) -> str:
 def dry_run(config: Config, run_dir: Path) -> str:
     """What a run with this configuration would do, a line a fact. ValueError for what would stop it."""
     check_run_dir(config, run_dir)
+    adam_class(config.optimizer.kind)
+    if config.training.clip_model:
+        CLIPScorer(config.training.clip_model)
     bundle = load_model(config.model.teacher, None, config.model.resolution)
     check_teacher(bundle, config)
     load_init_generator(config, bundle)

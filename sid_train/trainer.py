@@ -37,6 +37,7 @@ from .distributed import (
     clip_gradients,
     is_sharded,
     mean_over_ranks,
+    on_every_rank,
     placement,
     reducing_gradients,
     seed_everything,
@@ -95,7 +96,7 @@ class Trainer:
 
         def adam(network: nn.Module, lr: float) -> torch.optim.Optimizer:
             betas = (float(optimizer.beta1), float(optimizer.beta2))
-            return _adam_class(optimizer.kind)(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
+            return adam_class(optimizer.kind)(network.parameters(), lr=lr, betas=betas, eps=optimizer.eps)
 
         trained = (
             networks.generator,
@@ -125,7 +126,14 @@ class Trainer:
         self.rng = batch_generator(self.accelerator, training.seed)
         self.iteration = 0  # finished ones
         self.images_seen = 0  # drawn for the fake score, over all ranks
-        if (checkpoint := last_checkpoint(run_dir)) is not None:
+        checkpoint = last_checkpoint(run_dir)
+        there = -1 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
+        if len(set(found := on_every_rank(self.accelerator, there))) > 1:
+            raise ValueError(
+                f"{run_dir}: expected every process to continue from the same checkpoint, found those of iterations "
+                f"{found} (-1: none): the run's folder must be on a file system that all nodes share"
+            )
+        if checkpoint is not None:
             self._load(checkpoint)
         elif self.accelerator.is_main_process:
             # Not before everything above accepted it: a folder is claimed by a run that can start.
@@ -301,13 +309,13 @@ class Trainer:
         return {"rng": self.rng, "step_rng": self.step_rng}
 
 
-def _adam_class(kind: str) -> type[torch.optim.Optimizer]:
+def adam_class(kind: str) -> type[torch.optim.Optimizer]:
     if kind == "adam":
         return torch.optim.Adam
     try:
         import bitsandbytes
     except ImportError:
-        raise ValueError("optimizer.kind: adam8bit needs a CUDA device and: pip install bitsandbytes") from None
+        raise ValueError("optimizer.kind: adam8bit needs: pip install bitsandbytes") from None
     return bitsandbytes.optim.Adam8bit
 
 

@@ -86,6 +86,7 @@ def runs(tmp_path_factory) -> Path:
     (folder / "settings.json").write_text(json.dumps(data + SETTINGS))
 
     train(folder, "whole")
+    train(folder, "whole-adapters", "adapter.rank=4")
     for name, sharding in (("begun-whole", "none"), ("begun-sharded", "full")):
         with pytest.raises(Interrupted):
             train(folder, name, f"training.sharding={sharding}", callbacks=(StopAfterOne(),))
@@ -122,6 +123,20 @@ def test_losses_weights_and_states_are_those_of_one_process(runs, name):
         assert a.keys() == b.keys()
         for key in b:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-3 * b[key].abs().max().item())
+
+
+def test_adapters_are_those_of_one_process(runs):
+    ours, theirs = (read_log(runs / run / "log.jsonl") for run in ("replicated-adapters", "whole-adapters"))
+    assert len(ours) == len(theirs) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
+    ours, theirs = (generator_file(runs / run) for run in ("replicated-adapters", "whole-adapters"))
+    for network in NETWORKS:
+        a, b = (read_network(path, network) for path in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        ups = [value for key, value in b.items() if "lora_B" in key]
+        assert ups
+        assert all(value.any() for value in ups)  # zero before they learn
 
 
 def test_a_sharded_checkpoint_is_one_safetensors_file_a_process(runs):

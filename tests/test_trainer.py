@@ -253,5 +253,20 @@ def test_frozen_weights_in_bf16(tmp_path, adapter):
 def test_8_bit_adam_says_what_it_needs(tmp_path):
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
-    with pytest.raises(ValueError, match="adam8bit needs a CUDA device and: pip install bitsandbytes"):
+    with pytest.raises(ValueError, match="adam8bit needs: pip install bitsandbytes"):
         Trainer(small("optimizer.kind=adam8bit"), tmp_path)
+
+
+@pytest.mark.parametrize("adapter", [(), ADAPTERS])
+def test_8_bit_adam_continues_bit_identically(tmp_path, adapter):
+    pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    config = small(*adapter, "optimizer.kind=adam8bit", "training.iterations=4")
+    whole = Trainer(config, tmp_path / "whole")
+    whole.run()
+    assert torch.uint8 in [state["state1"].dtype for state in whole.generator_optimizer.state.values()]
+    with pytest.raises(Interrupted):
+        Trainer(config, tmp_path / "halves", [SignalAfter(2, signal.SIGTERM)]).run()
+    second = Trainer(config, tmp_path / "halves")
+    second.run()
+    for one, other in zip(whole.generator.parameters(), second.generator.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -5,6 +5,7 @@ one process began; what goes wrong here ends the process with an error.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -94,6 +95,13 @@ def check_replicated_run() -> None:
     assert torch.equal(*trainer.accelerator.gather(trainer.rng.get_state()[None]))
 
 
+def check_unshared_folder() -> None:
+    """Each process has a folder of its own, and only the first one's has a checkpoint."""
+    name = "after-one" if os.environ["RANK"] == "0" else "elsewhere"
+    with pytest.raises(ValueError, match=r"found those of iterations \[1, -1\].*that all nodes share"):
+        start(name, SPLIT)
+
+
 def check_bf16() -> Trainer:
     AcceleratorState._reset_state()  # accelerate refuses another precision
     trainer = start("bf16", SHARDED, "training.mixed_precision=bf16", "model.frozen_dtype=bf16")
@@ -148,6 +156,8 @@ def main() -> None:
     check_sharded_run()
     start("begun-sharded", SHARDED, SPLIT).run()
     check_replicated_run()
+    start("replicated-adapters", SPLIT, "adapter.rank=4").run()
+    check_unshared_folder()
     trainer = start("begun-whole", SPLIT)
     trainer.run()
     check_agreement(trainer)

@@ -36,6 +36,23 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 REST = ("conditioner.", "first_stage_model.")
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+UNET_FP16_FILE = "unet/diffusion_pytorch_model.fp16.safetensors"
+# All that is read of a diffusers folder: SDXL's on the hub has the same weights in several files more.
+HUB_FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "tokenizer_2/*",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model.safetensors",
+    "unet/config.json",
+    UNET_FILE,
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 RESOLUTION = 1024
 SCALING_FACTOR = 0.13025
 MARKERS = ("v_pred", "ztsnr")  # empty tensors by which ComfyUI knows the prediction type and the schedule
@@ -256,7 +273,7 @@ def _from_diffusers(source: str) -> SDXLParts:
         folder = _download(source)
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     config = {k: v for k, v in _json(folder / "unet" / "config.json").items() if not k.startswith("_")}
-    file = _weights(folder / "unet")
+    file = _weights(folder)
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"{source}: expected prediction type {' or '.join(PREDICTION_TYPES)}, got {prediction!r}")
@@ -322,7 +339,10 @@ def _download(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        if not (folder / UNET_FILE).is_file():
+            snapshot_download(source, allow_patterns=UNET_FP16_FILE)
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {source!r}: no such file here, and not to be had from the hub: {str(error).splitlines()[0]}"
@@ -338,7 +358,7 @@ def _json(path: Path) -> dict:
 
 def _weights(folder: Path) -> Path:
     """The UNet's only safetensors file, the full-precision one where there are several."""
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+    for name in (UNET_FILE, UNET_FP16_FILE):
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{folder}: expected diffusion_pytorch_model.safetensors; sharded or pickled weights are not read")
+    raise ValueError(f"{folder}: expected {UNET_FILE}; sharded or pickled weights are not read")
