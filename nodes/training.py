@@ -13,7 +13,6 @@ from comfy_api.latest import io, ui
 from ..sid_train.config import RECIPES, config_from_dict, read_toml
 from ..sid_train.core.recipe import read_safetensors_metadata
 from ..sid_train.core.sampling import MAX_STEPS
-from ..sid_train.data.pictures import expand_braces
 from ..sid_train.files import write_text
 from ..sid_train.models.sdxl_keys import unet_config
 from ..sid_train.tensors import open_tensors
@@ -175,6 +174,8 @@ def _prompt_path(line: str) -> str:
 
 def _pair_source(source: str) -> str:
     """The absolute path, shards in braces included; ValueError if one of them is missing."""
+    from ..sid_train.data.pictures import expand_braces  # slow to import, and only pairs need it
+
     for path in expand_braces(source):
         if not os.path.exists(path):
             raise ValueError(

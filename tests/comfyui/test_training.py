@@ -41,7 +41,7 @@ def write(nodes, put, folders, tmp_path, monkeypatch):
     return recipe
 
 
-# One that is longer than a file's name can be, one that is a path but for its spaces, and a character of each kind.
+# One that is longer than a file's name can be, and some that are no paths, near as they come.
 @pytest.mark.parametrize("prompt", ["a very old cat " * 30, "a black/white cat", "cat", "a cat: hf:owner/name"])
 def test_a_single_prompt_is_written_to_a_file(write, tmp_path, prompt):
     _, config = write(prompts=prompt)
