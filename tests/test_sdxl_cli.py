@@ -167,7 +167,10 @@ def test_dry_run_reads_everything_and_writes_nothing(settings, tmp_path, capsys)
         (["model.resolution=100"], "expected a multiple of 64"),
         (["data.cache=nowhere"], "index.json"),
         (["model.init_generator=demo"], "carries no SiD recipe"),
-        (["training.clip_model=nowhere", "training.snapshot_every=1"], "expected a CLIP model's folder or hub id"),
+        (
+            ["training.clip_model=no/such/folder", "training.snapshot_every=1"],
+            "expected a CLIP model's folder or hub id",
+        ),
     ],
 )
 def test_mistakes_are_found_before_training(settings, tmp_path, capsys, overrides, message):

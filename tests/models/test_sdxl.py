@@ -14,6 +14,7 @@ from small_sdxl import save_single_file, small_pipeline
 from sid_train.config import DataConfig
 from sid_train.data import load_prompt_table
 from sid_train.models.bundle import load_model
+from sid_train.models.sdxl import HUB_FILES
 from sid_train.rng import BatchRNG
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
@@ -202,3 +203,18 @@ def test_text_encoders_are_loaded_once_and_freed_before_training(file, tmp_path)
     table.draw(2, BatchRNG(torch.Generator().manual_seed(0)))
     gc.collect()
     assert [alive() for alive in encoders] == [None]
+
+
+def test_only_what_is_read_is_downloaded():
+    """SDXL's repository has every network in several files, and two checkpoints besides."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    networks = ("unet", "vae", "text_encoder", "text_encoder_2")
+    there = ["sd_xl_base_1.0.safetensors", "vae_1_0/diffusion_pytorch_model.safetensors", "model_index.json"]
+    there += [f"{name}/{file}" for name in networks for file in ("config.json", "openvino_model.xml", "model.onnx")]
+    there += [f"{name}/diffusion_pytorch_model{kind}.safetensors" for name in networks[:2] for kind in ("", ".fp16")]
+    there += [f"{name}/model{kind}.safetensors" for name in networks[2:] for kind in ("", ".fp16")]
+    there += ["scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_2/merges.txt"]
+    kept = set(filter_repo_objects(there, allow_patterns=list(HUB_FILES)))
+    left_out = {file for file in there if "fp16" in file or file.endswith((".xml", ".onnx"))}
+    assert kept == set(there) - left_out - set(there[:2])
