@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from helpers import conditioning, empty_latent, run, text_of
@@ -139,30 +138,3 @@ class TestRecipeNodes:
         (text,) = run(nodes["SiDRecipeInfo"], recipe=recipes.SiDRecipe())
         assert "625 468 312 156" in text
         assert "2.5017 1.4553 0.8680 0.4696" in text
-
-
-class TestTrainingRecipe:
-    def test_writes_what_the_trainer_reads(self, nodes, put, folders, tmp_path, monkeypatch):
-        from sid_train.config import load_config
-
-        put("checkpoints", "base.safetensors", {"a": torch.zeros(1)})
-        monkeypatch.setattr(folders, "get_output_directory", lambda: str(tmp_path))
-        (strategy,) = run(nodes["SiDDistillationGuidance"], strategy="lsg", lsg_scale=2.0)
-        inputs = {"teacher": "base.safetensors", "prompts": "a cat\n\na dog", "strategy": strategy, "name": "cats"}
-        (command,) = run(nodes["SiDTrainingRecipe"], **inputs, steps=2)
-        path = tmp_path / "sid_train" / "cats.toml"
-        assert command == f"python -m sid_train distill --config {path} --out runs/cats"
-        config, base = load_config(str(path)), load_config("sdxl-4step-lora-24gb")
-        assert (config.method.steps, config.method.guidance) == (2, "lsg=2")
-        assert (config.adapter, config.optimizer, config.training) == (base.adapter, base.optimizer, base.training)
-        assert config.model.teacher == str(tmp_path / "checkpoints" / "base.safetensors")
-        assert Path(config.data.prompts).read_text() == "a cat\na dog\n"
-        (tmp_path / "pairs").mkdir()
-        run(nodes["SiDTrainingRecipe"], **inputs, pairs=str(tmp_path / "pairs"))
-        assert load_config(str(path)).gan.enabled
-
-
-def test_custom_strategy(nodes):
-    (text,) = run(nodes["SiDDistillationGuidance"], strategy="custom", fake_train=1.0, fake_eval=1.0, teacher=1.1)
-    assert text == "custom=1,1,1.1"
-    assert run(nodes["SiDDistillationGuidance"]) == ("none",)

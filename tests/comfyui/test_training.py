@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def write(nodes, put, folders, tmp_path, monkeypatch):
         return command, load_config(str(tmp_path / "put out" / "sid_train" / "my-sid.toml"))
 
     return recipe
+
+
+def test_writes_what_the_trainer_reads(nodes, write, tmp_path):
+    (strategy,) = run(nodes["SiDDistillationGuidance"], strategy="lsg", lsg_scale=2.0)
+    inputs = {"prompts": "a cat\n\na dog", "strategy": strategy, "steps": 2}
+    _, config = write(**inputs)
+    base = load_config("sdxl-4step-lora-24gb")
+    assert (config.method.steps, config.method.guidance) == (2, "lsg=2")
+    assert (config.adapter, config.optimizer, config.training) == (base.adapter, base.optimizer, base.training)
+    assert config.model.teacher == str(tmp_path / "checkpoints" / "base.safetensors")
+    assert Path(config.data.prompts).read_text() == "a cat\na dog\n"
+    (tmp_path / "pairs").mkdir()
+    assert write(**inputs, pairs=str(tmp_path / "pairs"))[1].gan.enabled
+
+
+def test_custom_strategy(nodes):
+    (text,) = run(nodes["SiDDistillationGuidance"], strategy="custom", fake_train=1.0, fake_eval=1.0, teacher=1.1)
+    assert text == "custom=1,1,1.1"
+    assert run(nodes["SiDDistillationGuidance"]) == ("none",)
 
 
 # One that is longer than a file's name can be, and some that are no paths, near as they come.
