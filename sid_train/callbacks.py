@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -154,9 +155,13 @@ def best_snapshot(run_dir: Path) -> int:
 
 
 def log_image(accelerator: Accelerator, name: str, image: torch.Tensor, step: int) -> None:
+    """Gives an image [3, H, W] in [-1, 1], which is clamped, to each tracker, in 8 bits with channels last: wandb takes
+    no other layout.
+    """
+    pixels = np.asarray(to_pil(image))[None]
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images({name: ((image[None] + 1) / 2).clamp(0, 1).numpy()}, step=step, dataformats="NCHW")
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({name: pixels}, step=step, **layout)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sid_train.cli import main
 from sid_train.config import RECIPES, load_config
+from sid_train.data.prompts import load_prompts
 from sid_train.models.conditioning import Conditioning
 from sid_train.models.networks import build_networks
 from sid_train.plan.architecture import count_parameters, read_architecture
 from sid_train.plan.command import refuse_what_cannot_fit
-from sid_train.plan.estimate import Hardware, Planner, adam8bit_states, make_planner
-from sid_train.plan.report import TABLE_BEGIN, TABLE_END, describe, fit_cell, table_recipes, write_table
-from sid_train.plan.trace import trace_iteration
+from sid_train.plan.estimate import Hardware, Plan, Planner, adam8bit_states, make_planner
+from sid_train.plan.report import TABLE_BEGIN, TABLE_END, TABLE_HARDWARE, describe, fit_cell, table_recipes, write_table
+from sid_train.plan.trace import PICTURES, trace_iteration
 from sid_train.plan.tracker import Tracker, normalise_as_cuda
 
 MIB = 2**20
@@ -216,20 +217,70 @@ def test_each_gpu_holds_its_part(demo):
     assert demo.plan(load_config("demo", settings), ONE_GPU).sharding == "none"
 
 
-@pytest.mark.parametrize(("gpus", "memory"), [(1, 0.12), (1, 0.08), (4, 0.06)])
-def test_changes_that_are_named_make_it_fit(demo, gpus, memory):
-    config, hardware = load_config("demo"), Hardware(gpus, memory, 0)
+@pytest.mark.parametrize(
+    ("settings", "gpus", "memory"),
+    [([], 1, 0.12), ([], 1, 0.08), ([], 4, 0.06), (["optimizer.kind=adam8bit"], 4, 0.06)],
+)
+def test_changes_that_are_named_make_it_fit(demo, settings, gpus, memory):
+    config, hardware = load_config("demo", settings), Hardware(gpus, memory, 0)
     assert not demo.plan(config, hardware).fits
     changes = demo.changes_that_fit(config, hardware)
     assert changes
     for change in changes:
-        plan = demo.plan(load_config("demo", list(change.settings)), hardware)
+        plan = demo.plan(load_config("demo", [*settings, *change.settings]), hardware)
         assert plan.fits
         assert plan.peak == change.peak
 
 
 def test_nothing_is_named_where_nothing_helps(demo):
     assert demo.changes_that_fit(load_config("demo"), Hardware(1, 0.01, 0)) == []
+
+
+def test_adapters_are_not_named_where_a_whole_generator_is_the_start(demo):
+    def adapters_named(*settings: str) -> bool:
+        changes = demo.changes_that_fit(load_config("demo", list(settings)), Hardware(1, 0.08, 0))
+        return any("adapter.rank=64" in change.settings for change in changes)
+
+    assert adapters_named()
+    assert not adapters_named("model.init_generator=generator.safetensors")
+
+
+def test_text_encoders_stay_where_many_pairs_are_encoded_when_drawn(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("sid_train.plan.estimate.EAGER_LIMIT", len(load_prompts("demo")))
+
+    def stay(pairs: Path | str, *settings: str) -> bool:
+        config = load_config("demo", [f"data.pairs={pairs}", "gan.generator_weight=1", *settings])
+        return "text encoders" in demo.plan(config, ONE_GPU).other
+
+    def folder(count: int) -> Path:
+        made = tmp_path / str(count)
+        made.mkdir()
+        for i in range(count):
+            (made / f"{i}.png").touch()
+            (made / f"{i}.txt").write_text("a lighthouse at dawn")
+        return made
+
+    many = folder(len(load_prompts("demo")) + 1)
+    assert stay(many)
+    assert not stay(many, "data.cache=cache")
+    assert not stay(folder(2))
+    assert not stay("demo")
+    assert stay(tmp_path / "elsewhere.tar")
+
+
+def test_pictures_are_made_for_the_clip_score_too(teacher):
+    base = [f"model.teacher={teacher}", "model.resolution=64", "training.batch_size=1", "data.cache=cache"]
+    base.append("training.snapshot_every=1")
+    planner = make_planner(load_config(None, base))
+
+    def plan(*settings: str) -> Plan:
+        return planner.plan(load_config(None, [*base, *settings]), ONE_GPU)
+
+    scored = plan("training.clip_model=clip")
+    assert scored.phases.keys() >= PICTURES
+    assert "VAE" in scored.other
+    assert plan("training.grid_every=1") == scored
+    assert "VAE" not in plan().other
 
 
 def test_shapes_come_from_the_files_header(teacher):
@@ -318,6 +369,8 @@ def test_the_readme_has_the_table_of_this_version():
     table = text.partition(TABLE_BEGIN)[2].partition(TABLE_END)[0]
     rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
     assert [row[0] for row in rows] == table_recipes()
-    recipe = "sdxl-4step-lora-24gb"
-    planner = make_planner(load_config(recipe))
-    assert next(row[1] for row in rows if row[0] == recipe) == fit_cell(planner, recipe, Hardware(1, 24, 2))
+    cells = {row[0]: dict(zip(TABLE_HARDWARE, row[1:], strict=True)) for row in rows}
+    # One of adapters and one of sharded networks; all of them take minutes.
+    for recipe, (gpus, memory) in (("sdxl-4step-lora-24gb", (1, 24)), ("sdxl-4step-zero-cfg", (8, 80))):
+        planner = make_planner(load_config(recipe))
+        assert cells[recipe][gpus, memory] == fit_cell(planner, recipe, Hardware(gpus, memory, 2))

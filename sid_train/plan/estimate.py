@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import Config, config_from_dict
+from ..data.pictures import expand_braces, open_pictures
 from ..data.prompts import load_prompts
 from ..data.table import EAGER_LIMIT
 from ..models.networks import DTYPES
@@ -27,6 +28,8 @@ from .trace import (
     Call,
     Role,
     Trace,
+    encodes_pairs,
+    makes_pictures,
     trace_iteration,
 )
 
@@ -115,11 +118,12 @@ class Change:
 
 
 class Planner:
-    """Plans of one model; traces are kept, since several plans share one."""
+    """Plans of one model; traces and the sizes of its data are kept, since several plans share them."""
 
     def __init__(self, architecture: Architecture, progress: bool = False):
         self.architecture, self.progress = architecture, progress
         self._traces: dict[tuple, Trace] = {}
+        self._counts: dict[tuple, int | None] = {}
 
     def plan(self, config: Config, hardware: Hardware) -> Plan:
         """ValueError for a batch that cannot be divided."""
@@ -133,7 +137,9 @@ class Planner:
         sharded = training.sharding == "full" and hardware.gpus > 1
         trace = self._trace(config, training.batch_size // parts, sharded)
         factors, fixed = _sharded(trace, self.architecture, config, hardware.gpus) if sharded else _whole(trace, config)
-        fixed |= _beside(self.architecture, config)
+        prompts = self._count(_count_prompts, config.data.prompts)
+        encoded = [] if config.data.cache else [prompts, self._count(_count_pairs, config.data.pairs)]
+        fixed |= _beside(self.architecture, config, encoded)
         if hardware.gpus > 1 and not sharded:
             fixed["DDP's gradient buckets"] = FP32 * sum(trace.parameters[role] for role in TRAINED)
 
@@ -151,7 +157,6 @@ class Planner:
         if peak_phase in PICTURES:
             fixed.pop("gradients", None)
         roles, other = _by_role(trace, at_peak, fixed)
-        prompts = _count_prompts(config)
         per_prompt = FP32 * (_elements(self.architecture.text_shape) + self.architecture.pooled_width + 6)
         ema = FP32 * trace.parameters["EMA"]
         states = FP32 * 2 * sum(trace.parameters[role] for role in TRAINED)
@@ -192,14 +197,21 @@ class Planner:
             min(training.accumulate, 2),
             training.gradient_checkpointing,
             training.mixed_precision,
-            bool(training.grid_every),
-            str((config.model, config.adapter, config.method, config.gan, config.data)),
+            makes_pictures(training),
+            encodes_pairs(config.data),
+            str((config.model.frozen_dtype, config.adapter, config.method, config.gan)),
         )
         if key not in self._traces:
             if self.progress:
                 print("tracing an iteration without data ...", file=sys.stderr, flush=True)
             self._traces[key] = trace_iteration(self.architecture, config, micro_batch, compute_dtype=compute_dtype)
         return self._traces[key]
+
+    def _count(self, count: Callable[[str], int | None], source: str) -> int | None:
+        key = (count, source)
+        if key not in self._counts:
+            self._counts[key] = count(source)
+        return self._counts[key]
 
     def changes_that_fit(self, config: Config, hardware: Hardware) -> list[Change]:
         """Sets of changes, each of which makes the run fit: one that keeps what is trained, and one with adapters.
@@ -214,9 +226,10 @@ class Planner:
         ]
         sets = [keeping]
         if not config.adapter.rank:
-            sets.append([{"adapter.rank": 64, "training.sharding": "none"}, *keeping])
+            if not config.model.init_generator:  # a whole one, which is no start for adapters
+                sets.append([{"adapter.rank": 64, "training.sharding": "none"}, *keeping])
             if hardware.gpus > 1:
-                sets.insert(0, [*keeping[:2], {"training.sharding": "full"}, keeping[2]])
+                sets.insert(0, [*keeping[:2], {"training.sharding": "full", "optimizer.kind": "adam"}, keeping[2]])
         found = []
         for candidates in sets:
             needed = self._needed(candidates, config, hardware)
@@ -311,25 +324,32 @@ def _block_sizes(architecture: Architecture) -> tuple[int, int]:
     return max(blocks), count_parameters(unet) - sum(blocks)
 
 
-def _beside(architecture: Architecture, config: Config) -> dict[str, int]:
-    """What stays on the device besides the networks."""
+def _beside(architecture: Architecture, config: Config, encoded: list[int | None]) -> dict[str, int]:
+    """What stays on the device besides the networks. ``encoded``: how many texts of each kind the run itself encodes,
+    None where that is not known.
+    """
     fixed = {}
-    data = config.data
-    prompts = _count_prompts(config)
-    if not data.cache and (prompts is None or prompts > EAGER_LIMIT):
+    if any(count is None or count > EAGER_LIMIT for count in encoded):
         fixed["text encoders"] = FP32 * architecture.text_parameters
-    uses_vae = config.training.grid_every or (data.pairs and not data.cache)
-    if uses_vae and architecture.vae is not None:
+    if architecture.vae is not None and (makes_pictures(config.training) or encodes_pairs(config.data)):
         fixed["VAE"] = FP32 * count_parameters(architecture.vae)
     return fixed
 
 
-def _count_prompts(config: Config) -> int | None:
+def _count_prompts(source: str) -> int | None:
     """None where they are not here."""
-    source = config.data.prompts
     if source != "demo" and not Path(source).exists():
         return None
     return len(load_prompts(source))
+
+
+def _count_pairs(source: str) -> int | None:
+    """As ``_count_prompts``. The demo's captions are encoded once, at the start."""
+    if source in ("", "demo"):
+        return 0
+    if not all(Path(name).exists() for name in expand_braces(source)):
+        return None
+    return len(open_pictures(source))
 
 
 def adam8bit_states(sizes: Iterable[int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, autocast, nn
 
-from ..config import Config, OptimizerConfig
+from ..config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from ..distiller import Distiller, RealBatch
 from ..ema import EMA
 from ..models.conditioning import Conditioning
@@ -292,8 +292,7 @@ class _Run:
     @torch.no_grad()
     def _pictures(self) -> None:
         """What the run shows of itself, and its pairs where they are encoded when they are drawn."""
-        data, channels = self.config.data, self.architecture.latent_shape[0]
-        encodes, shows = bool(data.pairs and not data.cache), bool(self.config.training.grid_every)
+        encodes, shows = encodes_pairs(self.config.data), makes_pictures(self.config.training)
         if shows:
             latents = self._tensor(pictures_at_once(self.architecture.latent_shape), *self.architecture.latent_shape)
             cond = self._conditioning(len(latents))
@@ -303,7 +302,7 @@ class _Run:
             return
         vae = copy.deepcopy(self.architecture.vae)
         self._place(vae, VAE_WEIGHTS, {})
-        height, width = self.architecture.latent_shape[1:]
+        channels, height, width = self.architecture.latent_shape
         with self._labelled(VAE_ACTIVATIONS):
             if shows:
                 with self._phase("pictures: decoding"):
@@ -325,6 +324,16 @@ class _Run:
         first = self.phases.get(name, (begin, 0))[0]
         self.phases[name] = (first, len(self.tracker.events))
         self.phase = ""
+
+
+def makes_pictures(training: TrainingConfig) -> bool:
+    """Whether a run samples and decodes pictures: for grids, or for the CLIP score of its snapshots."""
+    return bool(training.grid_every or training.clip_model)
+
+
+def encodes_pairs(data: DataConfig) -> bool:
+    """Whether a run encodes its pairs when they are drawn."""
+    return bool(data.pairs and not data.cache)
 
 
 def make_adam(config: OptimizerConfig, parameters: list[nn.Parameter], foreach: bool) -> torch.optim.Adam:
