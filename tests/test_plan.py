@@ -201,6 +201,20 @@ def test_recomputing_and_small_states_take_less(demo):
     assert adam8bit_states([4096, 10]) == 2 * (4096 + 4 * 16) + 2 * 4 * 10
 
 
+def test_8_bit_states_are_those_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((64, 64), (129, 257), (63, 65), (10,))]
+    optimizer = bitsandbytes.optim.Adam8bit(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    # The tables that the codes mean (qmap) are the same tensor for all parameters.
+    states = [
+        v for state in optimizer.state.values() for k, v in state.items() if torch.is_tensor(v) and "qmap" not in k
+    ]
+    assert adam8bit_states(p.numel() for p in parameters) == sum(v.nbytes for v in states)
+
+
 def test_each_gpu_holds_its_part(demo):
     settings = ["training.batch_size=8"]
     whole = demo.plan(load_config("demo", settings), Hardware(8, 24, 0))
