@@ -8,7 +8,7 @@
 #SBATCH --time=12:00:00
 #SBATCH --signal=TERM@600
 #SBATCH --requeue
-# Submit with: sbatch docs/slurm.sh --config sdxl-4step-zero-cfg --set training.sharding=full ... --out runs/mine
+# Submit with: sbatch docs/slurm.sh --config sdxl-4step-zero-cfg --set ... --out runs/mine
 # Not tried on a cluster yet. --exclusive and --mem=0 ask for all of a node's CPUs and memory: torchrun is one task, and
 # SLURM's default is one CPU a task.
 set -euo pipefail

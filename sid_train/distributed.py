@@ -24,6 +24,16 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_processes(accelerator: Accelerator) -> None:
+    """ValueError where torchrun started processes that would each train alone."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes < started:
+        raise ValueError(
+            f"torchrun started {started} processes, which would each train alone: accelerate finds no CUDA device for "
+            "them. To train on a CPU, set ACCELERATE_USE_CPU=true"
+        )
+
+
 def is_sharded(accelerator: Accelerator, training: TrainingConfig) -> bool:
     """Whether networks are sharded: one process keeps them whole."""
     return training.sharding == "full" and accelerator.num_processes > 1

@@ -34,6 +34,7 @@ from .distributed import (
     autocast,
     batch_generator,
     batch_parts,
+    check_processes,
     clip_gradients,
     is_sharded,
     mean_over_ranks,
@@ -73,6 +74,7 @@ class Trainer:
             project_dir=str(run_dir),
         )
         device = self.accelerator.device
+        check_processes(self.accelerator)
         if training.batch_size % (self.accelerator.num_processes * training.accumulate):
             raise ValueError(
                 f"training.batch_size: expected a multiple of {self.accelerator.num_processes} process(es) times "
