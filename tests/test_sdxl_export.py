@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -292,7 +293,7 @@ class TestWriter:
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
     def test_memory_is_that_of_one_tensor(self, tmp_path):
-        """40 tensors of 8 MiB through a process of its own: less than ten of them at once."""
+        """40 tensors of 8 MiB through a process of its own: the last one and the next at once."""
         script = (
             "import sys, torch\n"
             "from pathlib import Path\n"
@@ -308,6 +309,9 @@ class TestWriter:
             "print(memory('VmHWM:') - before)\n"
         )
         path = tmp_path / "large.safetensors"
-        run = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+        # glibc gives memory back at once only below a threshold that it otherwise raises by itself.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-c", script, path]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         assert path.stat().st_size > 40 * 2**23
-        assert float(run.stdout) < 10 * 8
+        assert float(run.stdout) < 3 * 8
