@@ -14,7 +14,7 @@ from ..sid_train.config import RECIPES, config_from_dict, read_toml
 from ..sid_train.core.recipe import read_safetensors_metadata
 from ..sid_train.core.sampling import MAX_STEPS
 from ..sid_train.files import write_text
-from ..sid_train.models.sdxl_keys import unet_config
+from ..sid_train.models.sdxl_keys import CLIP_G, CLIP_L, UNET, unet_config
 from ..sid_train.tensors import open_tensors
 from .common import StrategyType, check_choice, schema, show
 
@@ -26,9 +26,6 @@ DEFAULT_BASE = "sdxl-4step-lora-24gb"  # the one that fits a user's card
 PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
 GAN_WEIGHT = 0.01
-# Where a checkpoint has its UNet, and the two text encoders without which no prompt can be encoded.
-UNET = "model.diffusion_model."
-TEXT_ENCODERS = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
 WINDOWS = os.name == "nt"
 
 
@@ -125,7 +122,7 @@ def _teacher_file(name: str) -> str:
         unet_config(unet or shapes)
     except ValueError as error:
         raise ValueError(f"teacher: {path}: {error}. Choose a whole SDXL checkpoint.") from None
-    for prefix in TEXT_ENCODERS:
+    for prefix in (CLIP_L, CLIP_G):  # without them no prompt can be encoded
         if not any(key.startswith(prefix) for key in shapes):
             raise ValueError(
                 f"teacher: {path}: expected SDXL's two text encoders beside the UNet, got no tensor named {prefix}*. "

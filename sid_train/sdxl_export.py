@@ -24,8 +24,6 @@ from .models.bundle import ModelBundle, load_model
 from .models.sdxl import (
     MARKERS,
     REST,
-    UNET,
-    VAE,
     SDXLParts,
     check_resolution,
     load_vae,
@@ -33,7 +31,7 @@ from .models.sdxl import (
     open_sdxl,
     vae_tensors,
 )
-from .models.sdxl_keys import invert, kohya_name, rename, unet_modules
+from .models.sdxl_keys import UNET, VAE, invert, kohya_name, rename, unet_modules
 from .tensors import LazyTensor, open_tensors, write_tensors
 from .trainer import read_run_recipe
 

@@ -30,9 +30,18 @@ GIB = 2**30
 
 def write_model(path: Path, width: int = 320) -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
-    from sid_train.models.sdxl import CLIP_G, CLIP_L, UNET, VAE
     from sid_train.models.sdxl_base import sdxl_text_encoders, sdxl_unet, sdxl_vae
-    from sid_train.models.sdxl_keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
+    from sid_train.models.sdxl_keys import (
+        CLIP_G,
+        CLIP_L,
+        UNET,
+        VAE,
+        clip_g_to_open_clip,
+        is_vae_attention,
+        rename,
+        unet_modules,
+        vae_modules,
+    )
     from sid_train.tensors import LazyTensor, write_tensors
 
     unet, vae, (clip_l, clip_g) = sdxl_unet(width), sdxl_vae(), sdxl_text_encoders()

@@ -18,7 +18,11 @@ from ..core.recipe import SDXL_ARCHITECTURE, read_safetensors_metadata
 from ..tensors import LazyTensor, open_tensors
 from .bundle import ModelBundle, file_sha256
 from .sdxl_keys import (
+    CLIP_G,
+    CLIP_L,
     HEAD_WIDTH,
+    UNET,
+    VAE,
     clip_g_from_open_clip,
     clip_g_to_open_clip,
     invert,
@@ -32,9 +36,7 @@ from .sdxl_keys import (
 from .sdxl_text import SDXLConditioner, TextEncoders, sdxl_tokenizers
 from .unet import UNetDenoiser
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-REST = ("conditioner.", "first_stage_model.")
-CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+REST = ("conditioner.", VAE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 UNET_FP16_FILE = "unet/diffusion_pytorch_model.fp16.safetensors"

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Where a single file has each network.
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_WIDTH = 64  # channels of an attention head, in the UNet and in both text encoders
 TIME_ID_WIDTH = 256  # sinusoidal embedding of each of the six time ids

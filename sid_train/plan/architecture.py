@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from ..core.noise_schedule import NoiseSchedule
-from ..models.sdxl import CLIP_G, CLIP_L, RESOLUTION, VAE, build_unet, check_resolution, open_sdxl
+from ..models.sdxl import RESOLUTION, build_unet, check_resolution, open_sdxl
 from ..models.sdxl_base import sdxl_text_encoders, sdxl_unet, sdxl_vae
-from ..models.sdxl_keys import vae_config
+from ..models.sdxl_keys import CLIP_G, CLIP_L, VAE, vae_config
 from ..models.sdxl_text import MAX_TOKENS
 from ..models.unet import UNetDenoiser
 from ..tensors import LazyTensor, open_tensors
