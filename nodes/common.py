@@ -11,7 +11,7 @@ import comfy.model_base
 import comfy.model_sampling
 from comfy_api.latest import io
 
-from ..sid_train.core.recipe import SiDRecipe
+from ..sid_train.core.recipe import SiDRecipe, read_safetensors_metadata
 
 CATEGORY = "SiD"
 RecipeType = io.Custom("SID_RECIPE")
@@ -48,6 +48,13 @@ def warn(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
     elif unique_id in _warned:
         show(node, "No warnings.")  # the frontend keeps the old text if it is sent nothing
         _warned.discard(unique_id)
+
+
+def read_header(path: str, source: str) -> dict[str, str]:
+    """The metadata of a file; ValueError, which names ``source``, for one that is no safetensors file."""
+    if not path.lower().endswith((".safetensors", ".sft")):
+        raise ValueError(f"{source}: expected a safetensors file. Convert it first: other formats can run code.")
+    return read_safetensors_metadata(path)
 
 
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:

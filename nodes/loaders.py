@@ -19,9 +19,8 @@ from ..sid_train.core.recipe import (
     RecipeError,
     SiDRecipe,
     has_recipe,
-    read_safetensors_metadata,
 )
-from .common import RecipeType, check_choice, check_model, fit_preset, schema, warn
+from .common import RecipeType, check_choice, check_model, fit_preset, read_header, schema, warn
 
 FROM_FILE = "from the file"
 WEIGHT_DTYPES = {
@@ -56,9 +55,7 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
     ValueError for a file that is no safetensors file, and for one without a recipe while ``choice`` is the file's.
     """
     check_choice("recipe", choice, [FROM_FILE, *PRESETS])
-    if not path.lower().endswith((".safetensors", ".sft")):
-        raise ValueError(f"{path}: expected a safetensors file. Convert it first: other formats can run code.")
-    metadata = read_safetensors_metadata(path)
+    metadata = read_header(path, path)
     if choice != FROM_FILE:
         return PRESETS[choice], _replaced(choice, metadata, path)
     if not has_recipe(metadata):

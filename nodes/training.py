@@ -11,12 +11,11 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..sid_train.config import RECIPES, config_from_dict, read_toml
-from ..sid_train.core.recipe import read_safetensors_metadata
 from ..sid_train.core.sampling import MAX_STEPS
 from ..sid_train.files import write_text
 from ..sid_train.models.sdxl_keys import CLIP_G, CLIP_L, UNET, unet_config
 from ..sid_train.tensors import open_tensors
-from .common import StrategyType, check_choice, schema, show
+from .common import StrategyType, check_choice, read_header, schema, show
 
 # What the trainer ships for SDXL: the settings that this node does not ask for. A second stage, with pairs, also needs
 # the generator of the first.
@@ -113,9 +112,7 @@ class SiDTrainingRecipe(io.ComfyNode):
 def _teacher_file(name: str) -> str:
     """The path of a checkpoint that the trainer can distil, by its header; ValueError for any other file."""
     path = folder_paths.get_full_path_or_raise("checkpoints", name)
-    if not path.lower().endswith((".safetensors", ".sft")):
-        raise ValueError(f"teacher: {path}: expected a safetensors file. Convert it first: other formats can run code.")
-    read_safetensors_metadata(path)  # refuses a file that was cut off
+    read_header(path, f"teacher: {path}")  # refuses a file that was cut off, too
     shapes = {key: tensor.shape for key, tensor in open_tensors(Path(path)).items()}
     unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
     try:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from .clip_score import CLIPScorer
 from .config import Config
 from .data import load_pairs, load_prompts
 from .data.cache import Cache, model_facts, prompt_facts
@@ -26,6 +25,8 @@ def dry_run(config: Config, run_dir: Path) -> str:
     check_run_dir(config, run_dir)
     adam_class(config.optimizer.kind)
     if config.training.clip_model:
+        from .clip_score import CLIPScorer  # slow to import, as in callbacks
+
         CLIPScorer(config.training.clip_model)
     bundle = load_model(config.model.teacher, None, config.model.resolution)
     check_teacher(bundle, config)

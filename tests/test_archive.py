@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the archiv
 
 
 def git(*arguments: str, text: str = "") -> set[str]:
-    return set(subprocess.run(["git", *arguments], cwd=ROOT, input=text, capture_output=True, text=True).stdout.split())
+    run = subprocess.run(["git", *arguments], cwd=ROOT, input=text, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
 
 
 def test_the_archive_is_the_pack_and_nothing_else():

@@ -98,7 +98,7 @@ def v_model(tensors):
     import comfy.sd
     import torch
 
-    v_prediction = dict(tensors) | {"v_pred": torch.zeros(0)}
+    v_prediction = tensors | {"v_pred": torch.zeros(0)}
     return comfy.sd.load_diffusion_model_state_dict(v_prediction, model_options={"dtype": torch.float32})
 
 
