@@ -6,7 +6,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
-from ..sid_train.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
+from ..sid_train.method.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
 from .common import RecipeType, StrategyType, check_choice, check_prompt, check_sdxl, schema, warn
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
 

@@ -19,6 +19,7 @@ from ..sid_train.core.recipe import (
     RecipeError,
     SiDRecipe,
     has_recipe,
+    split_architecture,
 )
 from .common import RecipeType, check_choice, check_model, fit_preset, read_header, schema, warn
 
@@ -64,7 +65,7 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
             f"{', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
-    if recipe.architecture.split("/")[0] != SDXL_ARCHITECTURE:
+    if split_architecture(recipe.architecture)[0] != SDXL_ARCHITECTURE:
         raise ValueError(
             f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {recipe.architecture}. "
             "These nodes sample SDXL; run other models with 'python -m sid_train sample'."

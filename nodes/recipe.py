@@ -7,7 +7,8 @@ from dataclasses import replace
 from comfy_api.latest import io, ui
 
 from ..sid_train.core.recipe import PRESETS, SAMPLING_GUIDANCES, RecipeError, SiDRecipe
-from ..sid_train.core.sampling import NOISE_MODES, timestep_ladder
+from ..sid_train.core.sampling import NOISE_MODES
+from ..sid_train.core.timesteps import timestep_ladder
 from .common import RecipeType, check_choice, fit_preset, schema, show
 
 KEEP = "keep"

@@ -15,14 +15,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sid_train.core.recipe import PRESETS, SiDRecipe
-from ..sid_train.core.sampling import (
-    MAX_STEPS,
-    NOISE_MODES,
-    few_step_sample,
-    last_timesteps,
-    noise_sampler,
-    seeded_noise,
-)
+from ..sid_train.core.sampling import NOISE_MODES, few_step_sample, noise_sampler, seeded_noise
+from ..sid_train.core.timesteps import MAX_STEPS, last_timesteps
 from .common import RecipeType, check_choice, check_model, check_sdxl, schema, warn
 from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
 from .nag import NAG_SCALE

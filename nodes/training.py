@@ -10,22 +10,22 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..sid_train.config import RECIPES, config_from_dict, read_toml
-from ..sid_train.core.sampling import MAX_STEPS
-from ..sid_train.files import write_text
-from ..sid_train.models.sdxl_keys import CLIP_G, CLIP_L, UNET, unet_config
-from ..sid_train.tensors import open_tensors
+from ..sid_train import configs
+from ..sid_train.config import config_from_dict, read_toml
+from ..sid_train.core.timesteps import MAX_STEPS
+from ..sid_train.files.atomic import write_text
+from ..sid_train.files.tensors import open_tensors
+from ..sid_train.models.sdxl.keys import CLIP_G, CLIP_L, UNET, unet_config
 from .common import StrategyType, check_choice, read_header, schema, show
 
 # What the trainer ships for SDXL: the settings that this node does not ask for. A second stage, with pairs, also needs
 # the generator of the first.
-BASES = sorted(path.stem for path in RECIPES.glob("sdxl-*.toml") if not path.stem.endswith("-pairs"))
+BASES = [name for name in configs.shipped("sdxl-*") if not name.endswith("-pairs")]
 DEFAULT_BASE = "sdxl-4step-lora-24gb"  # the one that fits a user's card
 # The formats of prompts that the trainer reads.
 PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
-# The weight of the GAN term against the SiD term where there are real pairs: SiDA's (arXiv 2410.14919).
+# The weight of the GAN term where there are real pairs, the SiD term's being 1: SiD-DiT's 1 : 100 (arXiv 2509.25127).
 GAN_WEIGHT = 0.01
-WINDOWS = os.name == "nt"
 
 
 class SiDTrainingRecipe(io.ComfyNode):
@@ -56,7 +56,7 @@ class SiDTrainingRecipe(io.ComfyNode):
                     "base",
                     options=BASES,
                     default=DEFAULT_BASE,
-                    tooltip="The shipped recipe that everything else comes from: sizes, learning rates, memory.",
+                    tooltip="The shipped configuration that everything else comes from: sizes, learning rates, memory.",
                 ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=MAX_STEPS, tooltip="Network calls of the generator: 1, 2, 4 ... 8."
@@ -86,7 +86,7 @@ class SiDTrainingRecipe(io.ComfyNode):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(f"name: expected letters, digits, '-', '_' and '.', got {name!r}")
         folder = Path(folder_paths.get_output_directory()) / "sid_train"
-        values = read_toml(RECIPES / f"{check_choice('base', base, BASES)}.toml")
+        values = read_toml(configs.path_of(check_choice("base", base, BASES)))
 
         def change(section: str, **settings) -> None:
             values.setdefault(section, {}).update(settings)
@@ -103,7 +103,7 @@ class SiDTrainingRecipe(io.ComfyNode):
         path = folder / f"{name}.toml"
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, config.to_toml())
-        command = f"python -m sid_train distill --config {_quoted(str(path))} --out runs/{name}"
+        command = f"python -m sid_train distill --config {quoted(str(path))} --out runs/{name}"
         text = f'{command}\n\n(in {Path(__file__).parents[1]}, after pip install -e ".[sdxl]" there)'
         show(cls, text)
         return io.NodeOutput(command, ui=ui.PreviewText(text))
@@ -179,6 +179,6 @@ def _pair_source(source: str) -> str:
     return os.path.abspath(source)
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str, windows: bool = os.name == "nt") -> str:
     """As one word of a command: Windows' cmd knows no single quotes, and its paths hold no double ones."""
-    return f'"{path}"' if WINDOWS else shlex.quote(path)
+    return f'"{path}"' if windows else shlex.quote(path)

@@ -1,4 +1,4 @@
-"""One configuration: dataclasses, filled by a TOML recipe and ``--set section.key=value`` overrides."""
+"""One configuration: dataclasses, filled by a TOML file and ``--set section.key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from . import configs
 from .core.recipe import Unconditional
-from .distiller import GANConfig, MethodConfig
+from .data.config import DataConfig
+from .method.config import GANConfig, MethodConfig
+from .method.methods import METHODS
+from .models.adapter_config import AdapterConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
@@ -36,36 +38,6 @@ class ModelConfig:
     """The embedding of no text: empty encodes "" (ComfyUI's way), zeros is diffusers' default for SDXL."""
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of weights that are not trained: the teacher's, which under adapters are those of all networks."""
-
-
-@dataclass
-class AdapterConfig:
-    """LoRA distillation: one frozen UNet in memory instead of four trained or copied ones."""
-
-    rank: int = 0
-    """Rank of the generator's and the fake score's adapters; 0 trains whole copies of the UNet instead."""
-    targets: Literal["all", "attention"] = "all"
-    """all: attention, feed-forward, convolutions and time projections, as LCM's and DMD2's LoRAs; or attention only."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"adapter.rank: expected 0 or more, got {self.rank}")
-
-
-@dataclass
-class DataConfig:
-    """What the generator is asked for, and real examples if there are any."""
-
-    prompts: str = "demo"
-    """A .txt (one a line), .jsonl, .csv or .parquet file, a folder of captions, hf:owner/name, or 'demo'."""
-    pairs: str = ""
-    """Real image-text pairs for the GAN branch: a folder of pictures with captions, webdataset shards
-    (path/{0000..0099}.tar, or a folder of them), parquet, or 'demo'; empty for data-free distillation."""
-    buckets: bool = False
-    """Cut the pairs' pictures to SDXL's aspect buckets instead of to the generator's own size. Generated pictures keep
-    that size, which tells the discriminator something: false is the safe choice."""
-    cache: str = ""
-    """A folder that `sid_train encode` made of these prompts and pairs, read instead of encoding them; or empty."""
 
 
 @dataclass
@@ -132,7 +104,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """no: fp32; bf16: autocast. fp16 is not offered: the method diverges in it."""
     seed: int = 0
-    """Of everything random."""
+    """Every random number of the run follows from it."""
     log_every: int = 20
     """Iterations between log lines."""
     grid_every: int = 0
@@ -197,6 +169,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if self.method.kind not in METHODS:
+            raise ValueError(f"method.kind: expected one of {', '.join(METHODS)}, got {self.method.kind!r}")
         if self.gan.enabled and not self.data.pairs:
             raise ValueError(
                 "gan.generator_weight: the GAN branch needs real pairs: set data.pairs, or the weight to 0"
@@ -246,14 +220,15 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_config(name: str | None = None, overrides: list[str] | None = None) -> Config:
-    """The configuration of a TOML file or of a recipe that ships, with ``section.key=value`` overrides on top."""
+    """A TOML file's configuration, or one that ships, with ``section.key=value`` overrides on top."""
     values: dict[str, dict[str, Any]] = {}
     source = "--set"
     if name is not None:
-        path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+        path = Path(name) if name.endswith(".toml") else configs.path_of(name)
         if not path.is_file():
-            shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-            raise ValueError(f"--config: expected a .toml file or one of {shipped}; no such file: {name!r}")
+            raise ValueError(
+                f"--config: expected a .toml file or one of {', '.join(configs.shipped())}; no such file: {name!r}"
+            )
         values, source = read_toml(path), str(path)
     flat = Config().flat()
     for text in overrides or []:

@@ -12,7 +12,7 @@ from .core.recipe import SiDRecipe
 from .core.sampling import few_step_sample, initial_noise, ladder_sigmas, noise_sampler, seeded_noise
 from .models.bundle import ModelBundle
 from .models.conditioning import Conditioning
-from .models.unet import UNetDenoiser
+from .models.denoiser import Denoiser
 
 BATCH_ELEMENTS = 256 * 12 * 8 * 8
 
@@ -24,7 +24,7 @@ def pictures_at_once(latent_shape: tuple[int, ...]) -> int:
 
 @torch.no_grad()
 def sample_latents(
-    denoiser: UNetDenoiser,
+    denoiser: Denoiser,
     cond: Conditioning,
     latent_shape: tuple[int, ...],
     recipe: SiDRecipe,
@@ -33,7 +33,7 @@ def sample_latents(
 ) -> Tensor:
     """Latents [len(cond), *latent_shape] on the recipe's timesteps, one network call a step."""
     sigmas = ladder_sigmas(denoiser.schedule, recipe.timesteps_for(steps))
-    noise = initial_noise((len(cond), *latent_shape), seed).to(cond.text.device)
+    noise = initial_noise((len(cond), *latent_shape), seed).to(cond.device)
     batch_size = pictures_at_once(latent_shape)
     parts = []
     for start in range(0, len(cond), batch_size):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sid_train.core.noise_schedule import NoiseSchedule
-from sid_train.demo.model import DigitConditioner, build_unet
+from sid_train.core.noise_schedule import VPSchedule
 from sid_train.models.conditioning import Conditioning
+from sid_train.models.digits.model import DigitConditioner, build_unet
 from sid_train.models.unet import UNetDenoiser
 
 sys.path.append(str(Path(__file__).parent))  # for small_sdxl
@@ -27,13 +27,13 @@ class Call:
     x: Tensor
     sigma: Tensor
     cond: Conditioning
-    output: str
+    call: str
     grad_enabled: bool
 
 
 @pytest.fixture(scope="session")
-def schedule() -> NoiseSchedule:
-    return NoiseSchedule.sdxl()
+def schedule() -> VPSchedule:
+    return VPSchedule.sdxl()
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +54,13 @@ def unconditional(conditioner) -> Conditioning:
 
 
 @pytest.fixture(scope="session")
-def make_denoiser(schedule) -> Callable[..., UNetDenoiser]:
+def make_denoiser() -> Callable[..., UNetDenoiser]:
     """``make_denoiser(seed, prediction_type)``: a new tiny UNet, the same weights for the same seed."""
 
-    def make(seed: int = 0, prediction_type: str = "epsilon", schedule: NoiseSchedule = schedule) -> UNetDenoiser:
+    def make(seed: int = 0, prediction_type: str = "epsilon", zero_snr: bool = False) -> UNetDenoiser:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return UNetDenoiser(build_unet(), schedule, prediction_type)
+            return UNetDenoiser(build_unet(), VPSchedule.sdxl(zero_snr, prediction_type))
 
     return make
 
@@ -73,7 +73,7 @@ def record_calls() -> Callable[[UNetDenoiser], list[Call]]:
         calls: list[Call] = []
 
         def hook(module, args, kwargs) -> None:
-            calls.append(Call(*args, output=kwargs.get("output", "x0"), grad_enabled=torch.is_grad_enabled()))
+            calls.append(Call(*args, call=kwargs.get("call", "denoise"), grad_enabled=torch.is_grad_enabled()))
 
         network.register_forward_pre_hook(hook, with_kwargs=True)
         return calls
@@ -91,7 +91,7 @@ def clip_folder(tmp_path_factory) -> str:
     """A small random CLIP model in transformers' format."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from sid_train.models.sdxl_text import sdxl_tokenizers
+    from sid_train.models.sdxl.text import sdxl_tokenizers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

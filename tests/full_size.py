@@ -30,8 +30,9 @@ GIB = 2**30
 
 def write_model(path: Path, width: int = 320) -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
-    from sid_train.models.sdxl_base import sdxl_text_encoders, sdxl_unet, sdxl_vae
-    from sid_train.models.sdxl_keys import (
+    from sid_train.files.tensors import LazyTensor, write_tensors
+    from sid_train.models.sdxl.base import sdxl_text_encoders, sdxl_unet, sdxl_vae
+    from sid_train.models.sdxl.keys import (
         CLIP_G,
         CLIP_L,
         UNET,
@@ -42,7 +43,6 @@ def write_model(path: Path, width: int = 320) -> None:
         unet_modules,
         vae_modules,
     )
-    from sid_train.tensors import LazyTensor, write_tensors
 
     unet, vae, (clip_l, clip_g) = sdxl_unet(width), sdxl_vae(), sdxl_text_encoders()
 

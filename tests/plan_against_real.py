@@ -65,12 +65,17 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 def measure(config, run_dir: Path) -> int:
     """The most bytes of tensors that lived at once in the second iteration of a real run."""
-    from sid_train.trainer import Trainer
+    from sid_train.training.trainer import Trainer
 
     trainer = Trainer(config, run_dir)
     trainer.train_iteration()  # makes the optimizers' states
-    networks = [trainer.generator, trainer.fake_score, trainer.ema.average, trainer.bundle.denoiser]
-    optimizers = [trainer.generator_optimizer, trainer.fake_score_optimizer]
+    networks = [
+        trainer.networks["generator"],
+        trainer.networks["fake_score"],
+        trainer.ema.average,
+        trainer.bundle.denoiser,
+    ]
+    optimizers = list(trainer.optimizers.values())
     held = [tensor for network in networks for tensor in network.state_dict(keep_vars=True).values()]
     held += [s for o in optimizers for state in o.state.values() for s in state.values() if isinstance(s, Tensor)]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -85,10 +90,10 @@ def measure(config, run_dir: Path) -> int:
 
 def planned(config) -> int:
     """The most bytes that ``plan`` expects in an iteration, on a CPU."""
-    from sid_train.plan.architecture import read_architecture
+    from sid_train.models.families import model_shapes
     from sid_train.plan.trace import trace_iteration
 
-    architecture = read_architecture(config.model.teacher, config.model.resolution)
+    architecture = model_shapes(config.model.teacher, config.model.resolution)
     micro_batch = config.training.batch_size // config.training.accumulate
     return int(trace_iteration(architecture, config, micro_batch, device="cpu").live().max())
 

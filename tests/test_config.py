@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from sid_train.config import RECIPES, Config, config_from_dict, load_config, read_toml
+from sid_train import configs
+from sid_train.config import Config, config_from_dict, load_config, read_toml
 
 
 def test_overrides_types_and_round_trip(tmp_path):
@@ -16,17 +17,17 @@ def test_overrides_types_and_round_trip(tmp_path):
     assert config_from_dict(read_toml(path), str(path)) == config
 
 
-SHIPPED = sorted(path.stem for path in RECIPES.glob("*.toml"))
+SHIPPED = configs.shipped()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipes_load(name):
+def test_shipped_configurations_load(name):
     assert load_config(name).method.steps == (1 if name.endswith("1step") else 4)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("sdxl-")])
-def test_recipes_say_where_every_value_is_from(name):
-    lines = (RECIPES / f"{name}.toml").read_text().splitlines()
+def test_they_say_where_every_value_is_from(name):
+    lines = configs.path_of(name).read_text().splitlines()
     values = [line for line in lines if line and not line.startswith(("#", "["))]
     assert len(values) > 10
     assert [line for line in values if not re.search(r"  # \[(paper|family|ours)\]", line)] == []

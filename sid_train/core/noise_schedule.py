@@ -1,16 +1,20 @@
-"""The discrete variance-preserving schedule of SDXL, seen through sigmas.
+"""Noise schedules, seen through sigmas.
 
 Everything outside the network works in the variance-exploding convention ``x = x0 + sigma * eps`` with
-``sigma_t = sqrt((1 - abar_t) / abar_t)``; only the network's input is scaled back, by ``c_in``. All arithmetic here is
-fp32 whatever the network's dtype (tables are computed in fp64).
+``sigma_t = sqrt((1 - abar_t) / abar_t)``; only the network's input is scaled back. All arithmetic here is fp32 whatever
+the network's dtype (tables are computed in fp64).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from .rng import BatchRNG
+from .timesteps import timestep_ladder
 
 PredictionType = Literal["epsilon", "v_prediction"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -36,30 +40,63 @@ def scaled_linear_alphas_cumprod(
     return alphas_cumprod
 
 
-class NoiseSchedule:
-    """Maps integer timesteps to sigmas and back. ``sigmas`` is fp32, ascending, [steps]."""
+class NoiseSchedule(ABC):
+    """How a model family sees noise, behind the one convention ``x = x0 + sigma * eps``.
 
-    def __init__(self, alphas_cumprod: Tensor):
+    A family's schedule is one subclass: which sigma an integer timestep has, which timestep the network is told, how
+    its input is scaled, and what its output means. Networks, losses and the chain know no more of a schedule than this.
+
+    prediction_type: what the network predicts, as recipes name it
+    """
+
+    prediction_type: str
+
+    @abstractmethod
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Sigmas (fp32, same shape and device) of integer timesteps in [0, 1000)."""
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told about sigmas: fp32, same shape. A sigma of an integer gives that integer exactly."""
+
+    @abstractmethod
+    def scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``x`` [B, ...] at sigma [B] as the network sees it: fp32."""
+
+    @abstractmethod
+    def to_x0(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """What the network said about ``x`` [B, ...] at sigma [B], as x0 in fp32."""
+
+    def ladder(self, steps: int, t_init: int) -> list[int]:
+        """The ``steps`` timesteps of a generator, ``t_init * (K - k) // K``: descending."""
+        return timestep_ladder(steps, t_init)
+
+    def draw_sigma(self, count: int, t_min: int, t_max: int, rng: BatchRNG) -> Tensor:
+        """Noise levels [count] at which scores are compared: those of uniform timesteps in [t_min, t_max)."""
+        return self.sigma(rng.randint(t_min, t_max, count))
+
+
+class VPSchedule(NoiseSchedule):
+    """A discrete variance-preserving schedule, SDXL's and its relatives'. ``sigmas`` is fp32, ascending, [steps]."""
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: PredictionType = "epsilon"):
         alphas_cumprod = alphas_cumprod.double()
         self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
         self.log_sigmas = self.sigmas.log()
+        self.prediction_type: PredictionType = prediction_type
 
     @classmethod
-    def sdxl(cls, zero_terminal_snr: bool = False) -> NoiseSchedule:
-        return cls(scaled_linear_alphas_cumprod(zero_terminal_snr=zero_terminal_snr))
+    def sdxl(cls, zero_terminal_snr: bool = False, prediction_type: PredictionType = "epsilon") -> VPSchedule:
+        return cls(scaled_linear_alphas_cumprod(zero_terminal_snr=zero_terminal_snr), prediction_type)
 
     def __len__(self) -> int:
         return len(self.sigmas)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Sigmas (fp32, same shape and device) of integer timesteps in [0, steps)."""
         return self.sigmas.to(timestep.device)[timestep.long()]
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Timesteps (fp32, same shape) of sigmas: linear in log sigma between two entries of the table.
-
-        A sigma that came out of the table gives back its integer exactly: the network was trained on integers.
-        """
+        """Linear in log sigma between two entries of the table."""
         table = self.log_sigmas.to(sigma.device)
         log_sigma = sigma.float().log().clamp(table[0], table[-1])
         high = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, len(table) - 1)
@@ -67,6 +104,12 @@ class NoiseSchedule:
         timestep = low + (log_sigma - table[low]) / (table[high] - table[low])
         nearest = timestep.round()
         return torch.where((timestep - nearest).abs() < 1e-3, nearest, timestep)
+
+    def scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x * input_scale(sigma, x)
+
+    def to_x0(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        return prediction_to_x0(prediction, x, sigma, self.prediction_type)
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
-from .sampling import DEFAULT_T_INIT, NOISE_MODES, NoiseMode, check_timesteps, timestep_ladder
+from .noise_schedule import PREDICTION_TYPES, PredictionType, VPSchedule
+from .sampling import NOISE_MODES, NoiseMode
+from .timesteps import DEFAULT_T_INIT, check_timesteps, timestep_ladder
 
 FORMAT_VERSION = 1
 Unconditional = Literal["empty", "zeros"]
@@ -28,6 +29,12 @@ SAMPLING_GUIDANCES: tuple[str, ...] = get_args(SamplingGuidance)
 # What generic tools (model managers, web UIs) call an SDXL base model.
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 SAI_MODEL_SPEC = "1.0.0"
+LORA_SUFFIX = "/lora"
+
+
+def split_architecture(text: str) -> tuple[str, bool]:
+    """The architecture that ``modelspec.architecture`` names, and whether the file is a LoRA for it."""
+    return text.removesuffix(LORA_SUFFIX), text.endswith(LORA_SUFFIX)
 
 
 class RecipeError(ValueError):
@@ -214,7 +221,7 @@ class SiDRecipe:
 
     def describe(self) -> str:
         """The recipe for people: a line a fact, what matters for sampling first."""
-        sigmas = NoiseSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
+        sigmas = VPSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),

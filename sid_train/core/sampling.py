@@ -8,7 +8,6 @@ classifier-free guidance.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from .noise_schedule import NoiseSchedule, x0_to_epsilon
+from .timesteps import check_timesteps
 
 NoiseMode = Literal["fresh", "fixed", "ddim"]
 NOISE_MODES: tuple[str, ...] = get_args(NoiseMode)
-MAX_STEPS = 8
-DEFAULT_T_INIT = 625
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], sigma [B]) -> x0 [B, ...]"""
@@ -30,39 +28,10 @@ Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 """(step, x, sigma, x0), after every network call; must not change them"""
 
 
-def timestep_ladder(steps: int, t_init: int = DEFAULT_T_INIT) -> list[int]:
-    """The ``steps`` timesteps ``t_init * (K - k) // K``, k = 0..K-1, in integer arithmetic: descending, all above 0."""
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
-    if not steps <= t_init <= 999:
-        raise ValueError(f"t_init: expected {steps} (the number of steps) to 999, got {t_init}")
-    return [t_init * (steps - k) // steps for k in range(steps)]
-
-
 def ladder_sigmas(schedule: NoiseSchedule, timesteps: Sequence[int]) -> Tensor:
     """Sigmas of descending timesteps, then 0: fp32, [K + 1], what ComfyUI calls SIGMAS."""
     check_timesteps(timesteps)
     return torch.cat([schedule.sigma(torch.tensor(timesteps)), torch.zeros(1)])
-
-
-def check_timesteps(timesteps: Sequence[int]) -> None:
-    """ValueError unless ``timesteps`` are 1 to 8 falling integers between 999 and 0."""
-    falling = all(a > b for a, b in itertools.pairwise([1000, *timesteps, -1]))
-    if not falling or not 1 <= len(timesteps) <= MAX_STEPS:
-        raise ValueError(
-            f"timesteps: expected 1 to {MAX_STEPS} integers that fall, between 999 and 0, got {list(timesteps)}"
-        )
-
-
-def last_timesteps(timesteps: Sequence[int], denoise: float) -> list[int]:
-    """The trained timesteps that an image-to-image pass of strength ``denoise`` in (0, 1] runs.
-
-    All of them at 1, else the last ``max(1, floor(K * denoise + 1/2))``.
-    """
-    if not 0 < denoise <= 1:
-        raise ValueError(f"denoise: expected more than 0 and at most 1, got {denoise}")
-    keep = max(1, int(len(timesteps) * denoise + 0.5))
-    return list(timesteps[-keep:])
 
 
 def initial_noise(shape: Sequence[int], seed: int, batch_index: Sequence[int] | None = None) -> Tensor:

@@ -11,30 +11,25 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..distiller import RealBatch
-from ..files import replacing, write_text
-from ..models.conditioning import Conditioning
-from ..rng import BatchRNG
-from .pairs import RowPicker
+from ..core.recipe import Unconditional
+from ..core.rng import BatchRNG
+from ..files.atomic import replacing, write_text
+from ..models.bundle import ModelBundle
+from ..models.conditioning import Conditioning, RealBatch
+from .picker import RowPicker
 from .pictures import Pictures
-
-if TYPE_CHECKING:
-    from ..core.recipe import Unconditional
-    from ..models.bundle import ModelBundle
 
 INDEX_FILE = "index.json"
 UNCONDITIONAL_FILE = "unconditional.safetensors"
 FORMAT = 1
-CONDITIONING_FIELDS = tuple(field.name for field in fields(Conditioning))
 
 Facts = dict[str, Any]
 """What a cache was made of, in JSON's types."""
@@ -197,12 +192,13 @@ class Cache:
         path = self.folder / self.index["unconditional"]
         with _open_shard(path) as file:
             require_same(_facts_of(file), self.facts, str(path))
-            tensors = {name: file.get_tensor(f"{kind}.{name}").clone() for name in CONDITIONING_FIELDS}
-        return _conditioning(tensors)
+            prefix = f"{kind}."
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  # not a dict
+            return Conditioning(**{name.removeprefix(prefix): file.get_tensor(name).clone() for name in names})
 
 
 def _conditioning(tensors: dict[str, Tensor]) -> Conditioning:
-    return Conditioning(**{name: tensors[name] for name in CONDITIONING_FIELDS})
+    return Conditioning(**{name: tensor for name, tensor in tensors.items() if name not in ("row", "latents")})
 
 
 @contextmanager

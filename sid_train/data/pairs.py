@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ..distiller import RealBatch
-from ..models.conditioning import Conditioning
-from ..rng import BatchRNG
+from ..core.rng import BatchRNG
+from ..models.bundle import ModelBundle
+from ..models.conditioning import Conditioning, PairSource, RealBatch
+from ..models.families import shipped_by
+from .cache import Cache, model_facts, pair_facts
+from .picker import RowPicker
 from .pictures import Pictures, Size, bucket_sizes, cut_out, nearest_bucket, open_pictures
-from .table import EncodedRows, LiveRows
-
-if TYPE_CHECKING:
-    from ..models.bundle import ModelBundle
-
-
-class PairSource(Protocol):
-    """Real image-text pairs for the Diffusion-GAN branch."""
-
-    def draw(self, batch: int, rng: BatchRNG) -> RealBatch: ...
-
-
-class RowPicker:
-    """Which rows make a batch: all from one group, whose latents have one shape."""
-
-    def __init__(self, groups: Sequence[Hashable]):
-        self.groups = groups
-        self.members: dict[Hashable, list[int]] = {}
-        for row, group in enumerate(groups):
-            self.members.setdefault(group, []).append(row)
-
-    def draw(self, batch: int, rng: BatchRNG) -> list[int]:
-        """``batch`` rows, uniformly with replacement from the group of a uniformly drawn row."""
-        members = self.members[self.groups[rng.integer(len(self.groups))]]
-        return [members[i] for i in rng.randint(0, len(members), batch).tolist()]
+from .rows import EncodedRows, LiveRows
 
 
 class PicturePairs:
@@ -60,7 +37,7 @@ class PicturePairs:
             latents = self.codec.encode(image[None]).cpu()
         cond = self.captions.read([row])
         if self.buckets:
-            cond = Conditioning(cond.text, cond.pooled, torch.tensor([time_ids], dtype=cond.time_ids.dtype))
+            cond = cond.replace(time_ids=torch.tensor([time_ids], dtype=cond.time_ids.dtype))
         return latents, cond
 
     def draw(self, batch: int, rng: BatchRNG) -> RealBatch:
@@ -81,23 +58,15 @@ def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: s
     """The pairs that ``data.pairs`` names, or those that ``cache`` made of them; neither the text encoder nor the
     latent codec of ``bundle`` is then used.
     """
-    if source == "demo":
-        _refuse_for_demo(buckets, cache)
-        from ..demo.digits import DigitPairs
-
-        return DigitPairs(bundle.codec, bundle.conditioner)
+    if (family := shipped_by(source)) is not None:
+        if buckets:
+            raise ValueError("data.buckets: the demo's pictures are all of one size: set it to false")
+        if cache:
+            raise ValueError("data.cache: the demo's pictures are made anew at each draw: they cannot be cached")
+        return family.pairs(bundle)
     pictures = open_pictures(source)
     if not cache:
         return PicturePairs(pictures, bundle, buckets)
-    from .cache import Cache, model_facts, pair_facts
-
     opened = Cache(Path(cache))
     opened.expect(model_facts(bundle) | pair_facts(pictures, buckets))
     return opened.pairs()
-
-
-def _refuse_for_demo(buckets: bool, cache: str) -> None:
-    if buckets:
-        raise ValueError("data.buckets: the demo's pictures are all of one size: set it to false")
-    if cache:
-        raise ValueError("data.cache: the demo's pictures are made anew at each draw: they cannot be cached")

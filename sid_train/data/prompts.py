@@ -12,17 +12,13 @@ TEXT_KEYS = ("prompt", "caption", "text")
 """Keys and columns that hold a prompt; the first one that is there counts."""
 
 
-def load_prompts(source: str, report: bool = False) -> list[str]:
+def read_prompts(source: str, report: bool = False) -> list[str]:
     """The distinct prompts of ``source``, stripped, in order; ``report`` prints how many were dropped.
 
-    ``demo`` (the demo's own training prompts), a .txt file (one a line), .jsonl, .csv or .parquet (under ``prompt``,
-    ``caption`` or ``text``), a folder (each .txt file in it is one caption) or ``hf:owner/name`` (the data set's train
-    split). Raises ValueError that names the file, and the line where there is one.
+    A .txt file (one a line), .jsonl, .csv or .parquet (under ``prompt``, ``caption`` or ``text``), a folder (each .txt
+    file in it is one caption) or ``hf:owner/name`` (the data set's train split). Raises ValueError that names the file,
+    and the line where there is one.
     """
-    if source == "demo":
-        from ..demo.digits import TRAINING_SUBJECTS
-
-        return [s.prompt for s in TRAINING_SUBJECTS]
     texts = [text.strip() for text in _read_texts(source)]
     kept = [text for text in texts if text]
     prompts = list(dict.fromkeys(kept))

@@ -11,12 +11,14 @@ from diffusers import DPMSolverMultistepScheduler
 from tqdm import tqdm
 
 from ..core.sampling import initial_noise
-from ..files import write_text
-from ..guidance import guided_denoise
-from ..models.bundle import ModelBundle, file_sha256
-from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject
+from ..files.atomic import write_text
+from ..files.hashing import file_sha256
+from ..method.guidance import guided_denoise
+from ..models.bundle import ModelBundle
+from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject
+from ..models.digits.model import ASSETS, TEACHER_FILE
+from ..models.families import load_model
 from .metrics import CLASSIFIER_FILE, REFERENCE_SEED, DigitEvaluator, Row
-from .model import ASSETS, TEACHER_FILE
 
 IMAGES = 2048
 TEACHER_STEPS = 30
@@ -108,8 +110,6 @@ def load_baselines(bundle: ModelBundle, recompute: bool = False) -> dict[str, li
 
 def main() -> None:
     """``python -m sid_train.demo.baselines`` writes the cache."""
-    from ..models.bundle import load_model
-
     rows = compute_baselines(load_model("demo"))
     content = {"made_with": cache_key(), "rows": {name: [r.to_dict() for r in rs] for name, rs in rows.items()}}
     write_text(CACHE_FILE, json.dumps(content, indent=1) + "\n")

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..config import load_config
-from ..trainer import Trainer
+from ..training.trainer import Trainer
 
 STRATEGIES = ("none", "zero-cfg", "lsg=1.2", "anti-cfg=-1", "custom=1,1,1.5")
 
@@ -28,10 +28,8 @@ def benchmark(strategy: str, steps: int, iterations: int, show_profile: bool = F
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(load_config("demo", overrides), Path(folder))
         calls: Counter[str] = Counter()
-        for name in ("generator", "fake_score", "teacher"):
-            getattr(trainer.distiller, name).register_forward_hook(
-                lambda module, args, output, name=name: calls.update({name: len(args[0])})
-            )
+        for name, network in {**trainer.networks, "teacher": trainer.teacher}.items():
+            network.register_forward_hook(lambda module, args, output, name=name: calls.update({name: len(args[0])}))
         for _ in range(2):
             trainer.train_iteration()
         calls.clear()

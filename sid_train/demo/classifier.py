@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Conv2d, Linear
 
-from .digits import COLOURS, DIGITS, GROUNDS
+from ..models.digits.data import COLOURS, DIGITS, GROUNDS
 
 
 class DigitClassifier(nn.Module):

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..evaluation import diagonal_energy, frechet_distance, precision_recall
+from ..evaluation.distances import diagonal_energy, frechet_distance, precision_recall
+from ..models.digits.data import RealDigits, Subject
+from ..models.digits.model import ASSETS
 from .classifier import DigitClassifier
-from .digits import RealDigits, Subject
-from .model import ASSETS
 
 CLASSIFIER_FILE = ASSETS / "classifier.safetensors"
 REFERENCE_SEED = 1

@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..callbacks import read_log
 from ..core.recipe import SiDRecipe
-from ..images import image_grid, to_pil
-from .digits import COLOURS, DIGITS, GROUNDS, Subject
+from ..files.images import image_grid, to_pil
+from ..files.logs import read_log
+from ..models.digits.data import COLOURS, DIGITS, GROUNDS, Subject
 
 CELL = 100
 LABEL_WIDTH = 190

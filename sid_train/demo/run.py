@@ -12,17 +12,20 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from ..callbacks import Callback, append_log, rewind_log
 from ..config import Config, load_config
 from ..core.recipe import SiDRecipe
-from ..core.sampling import timestep_ladder
-from ..export import export_generator
-from ..files import replacing, write_text
-from ..models.bundle import ModelBundle, load_generator, load_model
-from ..sample import sample_images, sample_latents
-from ..trainer import Trainer, load_run_generator
+from ..core.timesteps import timestep_ladder
+from ..files.atomic import replacing, write_text
+from ..files.logs import append_log, rewind_log
+from ..models.bundle import ModelBundle
+from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
+from ..models.digits.model import ARCHITECTURE
+from ..models.families import export_generator, load_generator, load_model
+from ..models.family import ExportOptions
+from ..sample import sample_images
+from ..training.callbacks import Callback, Run
+from ..training.trainer import Trainer
 from .baselines import SAMPLING_SEED, SUBJECT_SETS, TEACHER_STEPS, evaluation_subjects, load_baselines, teacher_images
-from .digits import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
 from .metrics import DigitEvaluator, Row
 from .report import Comparison, count_steps, format_table, make_grid, make_report
 
@@ -41,28 +44,22 @@ class FrechetCurve(Callback):
     def __init__(self) -> None:
         self.subjects = evaluation_subjects("held_out")[:CURVE_IMAGES]
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, run: Run) -> None:
         self.evaluator = DigitEvaluator(self.subjects)
-        self.cond = trainer.bundle.conditioner.encode([s.prompt for s in self.subjects])
-        rewind_log(trainer.run_dir / CURVE_FILE, trainer.iteration or -1)
-        if trainer.iteration == 0:
-            self._measure(trainer)
+        self.cond = run.bundle.conditioner.encode([s.prompt for s in self.subjects])
+        rewind_log(run.folder.path / CURVE_FILE, run.iteration or -1)
+        if run.iteration == 0:
+            self._measure(run)
 
-    def on_iteration(self, trainer: Trainer, losses: dict[str, float]) -> None:
-        every = max(1, trainer.config.training.iterations // CURVE_POINTS)
-        if trainer.iteration % every == 0:
-            self._measure(trainer)
+    def on_iteration(self, run: Run, losses: dict[str, float]) -> None:
+        every = max(1, run.config.training.iterations // CURVE_POINTS)
+        if run.iteration % every == 0:
+            self._measure(run)
 
-    def _measure(self, trainer: Trainer) -> None:
-        latents = sample_latents(
-            trainer.ema.average,
-            self.cond.to(trainer.accelerator.device),
-            trainer.bundle.latent_shape,
-            trainer.recipe(),
-            SAMPLING_SEED,
-        )
-        frechet = self.evaluator.frechet(trainer.bundle.codec.decode(latents.cpu()).clamp(-1, 1))
-        append_log(trainer.run_dir / CURVE_FILE, {"iteration": trainer.iteration, "frechet": frechet})
+    def _measure(self, run: Run) -> None:
+        latents = run.sample(self.cond, SAMPLING_SEED)
+        frechet = self.evaluator.frechet(run.bundle.codec.decode(latents.cpu()).clamp(-1, 1))
+        append_log(run.folder.path / CURVE_FILE, {"iteration": run.iteration, "frechet": frechet})
 
 
 def demo_folder(steps: int, guidance: str | None, seed: int, minutes: float | None) -> Path:
@@ -104,8 +101,7 @@ def run_demo(
     trainer.run()
 
     file = out / "generator.safetensors"
-    distilled, recipe = load_run_generator(run_dir)
-    export_generator(file, distilled.denoiser, distilled, recipe)
+    export_generator(trainer.folder.open_generator(), file, ExportOptions())
     print(f"Exported {file}; measuring ...", flush=True)
     (generator, recipe), teacher = load_generator(str(file)), load_model("demo")
     baselines = load_baselines(teacher, recompute=full)
@@ -158,18 +154,19 @@ def _seconds_per_iteration(config: Config) -> float:
     with TemporaryDirectory() as folder:
         trial = Trainer(replace(config, training=replace(config.training, tracker="none")), Path(folder))
         steps = itertools.cycle(range(1, config.method.steps + 1))
-        trial.distiller.draw_step = lambda rng: next(steps)
-        trial.train_iteration()  # the first is slower
+        trial.train_iteration(next(steps))  # the first is slower
         count = config.method.steps * max(1, CALIBRATION_ITERATIONS // config.method.steps)
         begin = time.monotonic()
         for _ in range(count):
-            trial.train_iteration()
+            trial.train_iteration(next(steps))
         return (time.monotonic() - begin) / count
 
 
 def evaluate_generator(source: str) -> dict:
     """``rows`` (held-out prompts) and ``rows_trained_prompts`` for an exported generator, as in ``metrics.json``."""
     generator, recipe = load_generator(source)
+    if generator.architecture != ARCHITECTURE:
+        raise ValueError(f"{source}: expected a generator of the demo's digits, got one of {generator.architecture}")
     teacher = load_model("demo")
     rows = _all_rows(teacher, generator, recipe, load_baselines(teacher))
     return _as_dicts(rows)

@@ -1,8 +1,8 @@
-"""Distils the demo under several settings and prints a row each: how the recipes' values were chosen.
+"""Distils the demo under several settings and prints a row each: how the shipped values were chosen.
 
     python -m sid_train.demo.sweep --config demo --seed 10 --out DIR "method.guidance=none" "method.guidance=lsg=1.2"
 
-Each argument is one run: overrides of the recipe, separated by spaces.
+Each argument is one run: overrides of the configuration, separated by spaces.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ..callbacks import append_log
 from ..config import load_config
+from ..files.logs import append_log
 from ..sample import sample_images
-from ..trainer import Trainer, load_run_generator
+from ..training.trainer import Trainer
 from .baselines import SAMPLING_SEED, SUBJECT_SETS, evaluation_subjects
 from .metrics import DigitEvaluator
 
@@ -35,10 +35,12 @@ def main() -> None:
         config = load_config(args.config, [f"training.seed={args.seed}", "training.tracker=none", *setting.split()])
         run_dir = args.out / f"{args.config} {setting} seed={args.seed}".replace("/", "_")
         began = time.monotonic()
-        Trainer(config, run_dir).run()
+        trainer = Trainer(config, run_dir)
+        trainer.run()
         entry: dict = {"config": args.config, "setting": setting, "seed": args.seed}
         entry |= {"iterations": config.training.iterations, "training_seconds": round(time.monotonic() - began)}
-        bundle, recipe = load_run_generator(run_dir)
+        generator = trainer.folder.open_generator()
+        bundle, recipe = generator.load(), generator.recipe
         for name in SUBJECT_SETS:
             subjects = evaluation_subjects(name)
             images = sample_images(bundle, recipe, [s.prompt for s in subjects], SAMPLING_SEED)

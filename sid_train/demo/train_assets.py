@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..core.noise_schedule import NoiseSchedule, expand, x0_to_epsilon
+from ..core.noise_schedule import VPSchedule, expand, x0_to_epsilon
+from ..models.digits.data import SUBJECTS, TRAINING_SUBJECTS, RealDigits
+from ..models.digits.model import ASSETS, DigitCodec, DigitConditioner, build_unet, open_digits
 from ..models.unet import UNetDenoiser
 from .classifier import DigitClassifier
-from .digits import SUBJECTS, TRAINING_SUBJECTS, RealDigits
-from .model import ASSETS, DigitCodec, DigitConditioner, build_unet, load_file_bundle
 
 PROMPT_DROPOUT = 0.1
 
@@ -43,12 +43,12 @@ def train_teacher(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     if start:
-        bundle = load_file_bundle(start)
+        bundle = open_digits(start).load(torch.float32)
         teacher, codec, conditioner = bundle.denoiser, bundle.codec, bundle.conditioner
-        schedule = teacher.schedule
     else:
-        schedule, codec, conditioner = NoiseSchedule.sdxl(), DigitCodec(), DigitConditioner()
-        teacher = UNetDenoiser(build_unet(), schedule, "epsilon")
+        codec, conditioner = DigitCodec(), DigitConditioner()
+        teacher = UNetDenoiser(build_unet(), VPSchedule.sdxl())
+    schedule = teacher.schedule
     teacher.to(memory_format=torch.channels_last)  # 15% faster on a CPU
     average = [p.detach().clone() for p in teacher.parameters()]
     prompts = conditioner.encode([s.prompt for s in TRAINING_SUBJECTS])
@@ -64,7 +64,7 @@ def train_teacher(
         x0 = codec.encode(real.draw([TRAINING_SUBJECTS[i] for i in index.tolist()], generator))
         dropped = torch.rand(batch, generator=generator) < PROMPT_DROPOUT
         cond = prompts[index].where(dropped, unconditional)
-        sigma = schedule.sigma(torch.randint(len(schedule), (batch,), generator=generator))
+        sigma = schedule.sigma(torch.randint(1000, (batch,), generator=generator))
         eps = torch.randn(x0.shape, generator=generator)
         x = x0 + expand(sigma, x0) * eps
         error = (x0_to_epsilon(teacher(x, sigma, cond), x, sigma) - eps) ** 2

@@ -1,7 +1,7 @@
-"""Generator, fake score and teacher as one frozen UNet: two LoRA adapters over it, and the UNet itself.
+"""Generator, fake score and teacher as one frozen network: LoRA adapters over it, and the network itself.
 
-Which of them the UNet is, is a state that every call sets first. With gradient checkpointing a backward pass runs parts
-of the UNet again, when another call may have changed that state; each part therefore remembers whose it was.
+Every call first activates the adapter of its role. With gradient checkpointing a backward pass runs blocks of the
+network again, when a later call may have activated another role: each block therefore remembers the role that ran it.
 """
 
 from __future__ import annotations
@@ -10,60 +10,44 @@ import warnings
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import AdapterConfig
+from .adapter_config import AdapterConfig
 from .conditioning import Conditioning
-from .unet import Output, UNetDenoiser
+from .denoiser import Denoiser
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-# The modules that LCM's and DMD2's SDXL LoRAs adapt.
-ALL = (
-    *ATTENTION,
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
 DOWN, UP = "lora_A", "lora_B"  # peft's names of the two factors
 
 
-class SharedUNet:
-    """A frozen UNet with an adapter for every role but the teacher, which is the UNet without any."""
+class SharedNetwork:
+    """A frozen network with an adapter for every role but the teacher, which is the network without any."""
 
     TEACHER = "teacher"
 
-    def __init__(self, denoiser: UNetDenoiser, config: AdapterConfig, roles: tuple[str, ...]):
+    def __init__(self, denoiser: Denoiser, config: AdapterConfig, roles: tuple[str, ...]):
         self.denoiser = denoiser
-        unet = denoiser.unet
-        unet.requires_grad_(False)
-        targets = list(ALL if config.targets == "all" else ATTENTION)
+        network = denoiser.network
+        network.requires_grad_(False)
+        targets = denoiser.lora_targets(attention_only=config.targets == "attention")
         # alpha = rank, so that the factor in front of up @ down is 1.
         lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             for role in roles:
-                inject_adapter_in_model(lora, unet, role)
-        self.layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+                inject_adapter_in_model(lora, network, role)
+        self.layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
         for role in roles:
             for parameter in self.parameters(role).values():
-                parameter.data = parameter.data.float()  # trained in fp32 whatever the UNet's dtype
+                parameter.data = parameter.data.float()  # trained in fp32 whatever the network's dtype
                 parameter.requires_grad_(False)
         self.active = ""
         self.activate(self.TEACHER)
 
     def activate(self, role: str) -> None:
-        """Makes the UNet the network of ``role``. peft's own switch would also decide which parameters learn."""
+        """Makes the shared network that of ``role``. peft's own switch would also decide which parameters learn."""
         if role == self.active:
             return
         for layer in self.layers.values():
@@ -108,29 +92,41 @@ class SharedUNet:
 
             return checkpoint(run, *args, use_reentrant=False)
 
-        self.denoiser.unet.enable_gradient_checkpointing(as_the_same_role)
+        self.denoiser.use_checkpointing(as_the_same_role)
 
 
-class AdapterDenoiser(nn.Module):
-    """One role of a shared UNet, with the interface of ``UNetDenoiser``. Its parameters are its adapter's alone."""
+class AdapterDenoiser(Denoiser):
+    """One role of a shared network. Its parameters are its adapter's alone."""
 
-    def __init__(self, shared: SharedUNet, role: str):
+    def __init__(self, shared: SharedNetwork, role: str):
         super().__init__()
         self.role = role
-        self._shared = [shared]  # in a list: the UNet is not part of this module
-        adapter = {} if role == SharedUNet.TEACHER else shared.parameters(role)
+        self._shared = [shared]  # in a list: the network is not part of this module
+        adapter = {} if role == SharedNetwork.TEACHER else shared.parameters(role)
         self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in adapter.items()})  # no dots allowed
-        self.schedule, self.prediction_type = shared.denoiser.schedule, shared.denoiser.prediction_type
+        self.schedule = shared.denoiser.schedule
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning, output: Output = "x0"):
-        """As ``UNetDenoiser.forward``."""
+    @property
+    def network(self) -> nn.Module:
+        return self._shared[0].denoiser.network
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self._activated().denoise(x, sigma, cond)
+
+    def logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return self._activated().logits(x, sigma, cond)
+
+    def denoise_with_logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        return self._activated().denoise_with_logits(x, sigma, cond)
+
+    def _activated(self) -> Denoiser:
         (shared,) = self._shared
         shared.activate(self.role)
-        return shared.denoiser(x, sigma, cond, output)
+        return shared.denoiser
 
 
 Adapter = dict[str, tuple[Tensor, Tensor, float]]
-"""A LoRA by the UNet's module names: down [rank, in, ...], up [out, rank, ...], alpha."""
+"""A LoRA by the network's module names: down [rank, in, ...], up [out, rank, ...], alpha."""
 
 
 def adapter_from_state(state: dict[str, Tensor]) -> Adapter:
@@ -144,14 +140,6 @@ def lora_difference(down: Tensor, up: Tensor, alpha: float) -> Tensor:
     """What a LoRA adds to a weight: ``alpha / rank * up @ down``, fp32, in the weight's shape [out, in, ...]."""
     product = up.float().flatten(1) @ down.float().flatten(1)
     return (alpha / len(down) * product).unflatten(1, down.shape[1:])
-
-
-@torch.no_grad()
-def merge_adapter(unet: UNet2DConditionModel, adapter: Adapter) -> None:
-    """Adds an adapter to the weights of a UNet that has none, in place."""
-    for name, factors in adapter.items():
-        weight = unet.get_submodule(name).weight
-        weight.copy_(weight.float() + lora_difference(*factors))
 
 
 def copy_adapter(source: AdapterDenoiser, target: AdapterDenoiser) -> None:

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..core.rng import BatchRNG
 
-@dataclass(frozen=True)
+
 class Conditioning:
-    """Encoded prompts in SDXL's form. Indexing and concatenation work on the batch.
+    """Encoded prompts as named tensors, each [B, ...]: ``Conditioning(text=..., pooled=...)``, ``cond.text``.
 
-    text: hidden states for cross attention, [B, tokens, width]
-    pooled: one vector a prompt, [B, pooled width]
-    time_ids: original height, width, crop top, left, target height, width, [B, 6]
+    A family decides the names. SDXL's: ``text``, hidden states for cross attention, [B, tokens, width]; ``pooled``, one
+    vector a prompt, [B, width]; ``time_ids``, original height and width, crop top and left, target height and width,
+    [B, 6]. Indexing and concatenation work on the batch.
     """
 
-    text: Tensor
-    pooled: Tensor
-    time_ids: Tensor
+    def __init__(self, **tensors: Tensor):
+        self.tensors = tensors
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["tensors"][name]
+        except KeyError:
+            raise AttributeError(f"Conditioning: no tensor named {name!r}") from None
 
     def __len__(self) -> int:
-        return len(self.text)
+        return len(next(iter(self.tensors.values())))
 
-    def __getitem__(self, index) -> Conditioning:
-        return Conditioning(self.text[index], self.pooled[index], self.time_ids[index])
+    def __getitem__(self, index: Any) -> Conditioning:
+        return self._map(lambda tensor: tensor[index])
 
-    def to(self, *args, **kwargs) -> Conditioning:
-        return Conditioning(*(t.to(*args, **kwargs) for t in (self.text, self.pooled, self.time_ids)))
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def expand(self, batch: int) -> Conditioning:
         """A single prompt's conditioning for a batch, without a copy."""
-        return Conditioning(*(t.expand(batch, *t.shape[1:]) for t in (self.text, self.pooled, self.time_ids)))
+        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def replace(self, **tensors: Tensor) -> Conditioning:
+        """The same with other tensors under some of the names."""
+        return Conditioning(**self.tensors | tensors)
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """Rows of ``other`` where ``mask`` [B] is true, ours elsewhere; ``other`` may be a single row."""
@@ -42,17 +56,22 @@ class Conditioning:
         def pick(ours: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(mask.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
 
-        return Conditioning(
-            pick(self.text, other.text), pick(self.pooled, other.pooled), pick(self.time_ids, other.time_ids)
-        )
+        return Conditioning(**{name: pick(tensor, other.tensors[name]) for name, tensor in self.tensors.items()})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning(
-            torch.cat([p.text for p in parts]),
-            torch.cat([p.pooled for p in parts]),
-            torch.cat([p.time_ids for p in parts]),
-        )
+        return Conditioning(**{name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(**{name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+@dataclass
+class RealBatch:
+    """Real latents [B, C, H, W] with the prompts' conditioning that belongs to them."""
+
+    latents: Tensor
+    cond: Conditioning
 
 
 class Conditioner(Protocol):
@@ -67,6 +86,12 @@ class Conditioner(Protocol):
     def unload(self) -> None:
         """Frees what can be loaded again at the next prompt."""
         ...
+
+
+class PairSource(Protocol):
+    """Real image-text pairs, in batches."""
+
+    def draw(self, batch: int, rng: BatchRNG) -> RealBatch: ...
 
 
 class LatentCodec(Protocol):

@@ -1,4 +1,4 @@
-"""The four networks of a run, as whole copies of the UNet or as adapters over one."""
+"""The networks of a run, as whole copies of the teacher or as adapters over it."""
 
 from __future__ import annotations
 
@@ -7,73 +7,81 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ..config import AdapterConfig
-from .adapters import Adapter, AdapterDenoiser, SharedUNet, copy_adapter
-from .unet import UNetDenoiser
+from ..files.tensors import DTYPES
+from .adapter_config import AdapterConfig
+from .adapters import Adapter, AdapterDenoiser, SharedNetwork, copy_adapter
+from .denoiser import Denoiser
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMA, TEACHER = "generator_ema", SharedNetwork.TEACHER
 
 
 @dataclass
 class Networks:
-    """All with the contract ``denoise(x, sigma, cond) -> x0``; generator and fake score are trained."""
+    """All with the contract ``denoise(x, sigma, cond) -> x0``.
 
-    generator: nn.Module
-    fake_score: nn.Module
-    generator_ema: nn.Module
-    teacher: nn.Module
+    trained: by role; ``generator`` is one of them
+    """
+
+    trained: dict[str, Denoiser]
+    generator_ema: Denoiser
+    teacher: Denoiser
 
 
 def build_networks(
-    teacher: UNetDenoiser,
-    init_generator: UNetDenoiser | Adapter | None,
+    teacher: Denoiser,
+    init_generator: Denoiser | Adapter | None,
     adapter: AdapterConfig,
     frozen_dtype: str,
     gradient_checkpointing: bool,
-    place: Callable[[UNetDenoiser], object],
+    place: Callable[[Denoiser], object],
+    trained: tuple[str, ...],
 ) -> Networks:
     """Networks with the teacher's weights (the generator: ``init_generator``'s, where there is one), both on the CPU.
 
     Whole networks are trained in fp32; ``frozen_dtype`` is that of the teacher, over which adapters are put in place.
     ``place`` moves each network, once it is made, to where it computes: main memory holds one copy at a time.
+
+    trained: the roles that the method trains
     """
     # No dropout or batch statistics in these networks: eval() everywhere, so that all compute alike.
     teacher.eval().requires_grad_(False)
     if adapter.rank:
-        assert not isinstance(init_generator, UNetDenoiser)
+        assert not isinstance(init_generator, Denoiser)
         place(teacher.to(DTYPES[frozen_dtype]))
-        return _adapters(teacher, init_generator, adapter, gradient_checkpointing)
+        return _adapters(teacher, init_generator, adapter, gradient_checkpointing, trained)
     assert not isinstance(init_generator, dict)
 
-    def placed(network: UNetDenoiser, dtype: torch.dtype, trained: bool) -> UNetDenoiser:
-        network.to(dtype).eval().requires_grad_(trained)
+    def placed(network: Denoiser, dtype: torch.dtype, learns: bool) -> Denoiser:
+        network.to(dtype).eval().requires_grad_(learns)
         if gradient_checkpointing:
-            network.unet.enable_gradient_checkpointing()
+            network.use_checkpointing()
         place(network)
         return network
 
     start = init_generator or teacher
-    return Networks(
-        generator=placed(copy.deepcopy(start), torch.float32, trained=True),
-        generator_ema=placed(copy.deepcopy(start), torch.float32, trained=False),
-        fake_score=placed(copy.deepcopy(teacher), torch.float32, trained=True),
-        teacher=placed(teacher, DTYPES[frozen_dtype], trained=False),
-    )
+    networks = {
+        role: placed(copy.deepcopy(start if role == "generator" else teacher), torch.float32, learns=True)
+        for role in trained
+    }
+    average = placed(copy.deepcopy(start), torch.float32, learns=False)
+    return Networks(networks, average, placed(teacher, DTYPES[frozen_dtype], learns=False))
 
 
 def _adapters(
-    teacher: UNetDenoiser, init_generator: Adapter | None, adapter: AdapterConfig, gradient_checkpointing: bool
+    teacher: Denoiser,
+    init_generator: Adapter | None,
+    adapter: AdapterConfig,
+    gradient_checkpointing: bool,
+    trained: tuple[str, ...],
 ) -> Networks:
-    trained = ("generator", "fake_score")
-    shared = SharedUNet(teacher, adapter, (*trained, "generator_ema"))
+    shared = SharedNetwork(teacher, adapter, (*trained, EMA))
     if gradient_checkpointing:
         shared.use_checkpointing()
-    roles = {role: AdapterDenoiser(shared, role) for role in (*trained, "generator_ema", SharedUNet.TEACHER)}
+    roles = {role: AdapterDenoiser(shared, role) for role in (*trained, EMA, TEACHER)}
     if init_generator is not None:
         shared.load("generator", init_generator)
-    copy_adapter(roles["generator"], roles["generator_ema"])
+    copy_adapter(roles["generator"], roles[EMA])
     for role in trained:
         roles[role].requires_grad_(True)
-    return Networks(**roles)
+    return Networks({role: roles[role] for role in trained}, roles[EMA], roles[TEACHER])

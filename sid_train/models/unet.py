@@ -1,74 +1,100 @@
-"""diffusers' SDXL UNet behind the one contract of this project: ``denoise(x, sigma, cond) -> x0``."""
+"""diffusers' UNets of SDXL's class behind the contract of ``Denoiser``."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ..core.noise_schedule import NoiseSchedule, PredictionType, input_scale, prediction_to_x0
+from ..core.noise_schedule import NoiseSchedule
 from .conditioning import Conditioning
-
-Output = Literal["x0", "logits", "x0_and_logits"]
+from .denoiser import Denoiser
 
 # Nearly all of SDXL's weights are in these. Gradient checkpointing computes them again one by one, and sharding gathers
 # and frees them so; the rest is gathered with the whole network.
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# The modules that LCM's and DMD2's SDXL LoRAs adapt.
+ALL = (
+    *ATTENTION,
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 
-class UNetDenoiser(nn.Module):
-    """A UNet with ``text_time`` conditioning, wrapped: timestep, input scale and eps or v to x0.
 
-    Every use goes through ``forward``, since data-parallel wrappers only see that call.
+class UNetDenoiser(Denoiser):
+    """A UNet, wrapped: timestep, input scale, and what its output means.
+
+    Of the conditioning it reads ``text``, and ``pooled`` and ``time_ids`` where they are (``text_time`` UNets).
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType):
+    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule):
         super().__init__()
         self.unet = unet
         self.schedule = schedule
-        self.prediction_type = prediction_type
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning, output: Output = "x0"):
-        """x [B, C, H, W] at noise level sigma [B] -> x0 [B, C, H, W], fp32.
+    @property
+    def network(self) -> UNet2DConditionModel:
+        return self.unet
 
-        ``logits``: the discriminator's map [B, h, w] instead, at the cost of the encoder alone: the mid block's output
-        averaged over its channels (Diffusion GAN, arXiv 2410.14919). ``x0_and_logits``: both, from one pass.
-        """
-        dtype = self.unet.conv_in.weight.dtype  # unet.dtype is that of an adapter, where there is one
-        sample = (x * input_scale(sigma, x)).to(dtype)
-        timestep = self.schedule.timestep(sigma)
-        text = cond.text.to(dtype)
-        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
-        if output == "logits":
-            return _channel_mean(self._encode(sample, timestep, text, added))
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        sample, timestep, text, added = self._inputs(x, sigma, cond)
+        prediction = self.unet(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
+        return self.schedule.to_x0(prediction, x, sigma)
 
-        mid: list[Tensor] = []
-        handle = None
-        if output == "x0_and_logits":
-            handle = self.unet.mid_block.register_forward_hook(lambda module, args, result: mid.append(result))
-        try:
-            prediction = self.unet(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
-        finally:
-            if handle is not None:
-                handle.remove()
-        x0 = prediction_to_x0(prediction, x, sigma, self.prediction_type)
-        return (x0, _channel_mean(mid[0])) if mid else x0
-
-    def _encode(self, sample: Tensor, timestep: Tensor, text: Tensor, added: dict) -> Tensor:
-        """The UNet's first half, up to and including the mid block."""
+    def logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The mid block's output, averaged over its channels: the UNet's first half, up to and including that block."""
+        sample, timestep, text, added = self._inputs(x, sigma, cond)
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample, timestep))
-        emb = emb + unet.get_aug_embed(emb, text, added)
+        if added:
+            emb = emb + unet.get_aug_embed(emb, text, added)
         sample = unet.conv_in(sample)
         for block in unet.down_blocks:
             if getattr(block, "has_cross_attention", False):
                 sample, _ = block(hidden_states=sample, temb=emb, encoder_hidden_states=text)
             else:
                 sample, _ = block(hidden_states=sample, temb=emb)
-        return unet.mid_block(sample, emb, encoder_hidden_states=text)
+        return _channel_mean(unet.mid_block(sample, emb, encoder_hidden_states=text))
+
+    def denoise_with_logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        mid: list[Tensor] = []
+        handle = self.unet.mid_block.register_forward_hook(lambda module, args, result: mid.append(result))
+        try:
+            x0 = self.denoise(x, sigma, cond)
+        finally:
+            handle.remove()
+        return x0, _channel_mean(mid[0])
+
+    def _inputs(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        dtype = self.unet.conv_in.weight.dtype  # unet.dtype is that of an adapter, where there is one
+        sample = self.schedule.scale_input(x, sigma).to(dtype)
+        added = {}
+        if "pooled" in cond.tensors:
+            added = {"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids}
+        return sample, self.schedule.timestep(sigma), cond.text.to(dtype), added
+
+    def blocks(self) -> list[nn.Module]:
+        return [module for module in self.unet.modules() if isinstance(module, BLOCKS)]
+
+    def lora_targets(self, attention_only: bool) -> list[str]:
+        return list(ATTENTION if attention_only else ALL)
+
+    def use_checkpointing(self, run: Callable[..., Any] | None = None) -> None:
+        self.unet.enable_gradient_checkpointing(*([] if run is None else [run]))
 
 
 def _channel_mean(features: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ import torch
 
 from ..config import Config, config_from_dict
 from ..data.pictures import expand_braces, open_pictures
-from ..data.prompts import load_prompts
-from ..data.table import EAGER_LIMIT
-from ..models.networks import DTYPES
-from ..models.unet import BLOCKS
-from .architecture import Architecture, count_parameters, read_architecture
+from ..data.rows import EAGER_LIMIT, load_prompts
+from ..files.tensors import DTYPES
+from ..models.bundle import ModelShapes, count_parameters
+from ..models.families import model_shapes, shipped_by
 from .trace import (
     BACKWARD,
     INPUTS,
@@ -35,8 +34,6 @@ from .trace import (
 
 GIB = 2**30
 FP32 = 4  # bytes
-ROLES: tuple[Role, ...] = ("teacher", "fake score", "generator", "EMA")
-TRAINED: tuple[Role, ...] = ("fake score", "generator")
 
 # bitsandbytes' blockwise states: a byte an element and an fp32 scale a block; small tensors keep fp32 states.
 ADAM8BIT_BLOCK, ADAM8BIT_SMALLEST = 256, 4096
@@ -120,8 +117,8 @@ class Change:
 class Planner:
     """Plans of one model; traces and the sizes of its data are kept, since several plans share them."""
 
-    def __init__(self, architecture: Architecture, progress: bool = False):
-        self.architecture, self.progress = architecture, progress
+    def __init__(self, shapes: ModelShapes, progress: bool = False):
+        self.shapes, self.progress = shapes, progress
         self._traces: dict[tuple, Trace] = {}
         self._counts: dict[tuple, int | None] = {}
 
@@ -136,12 +133,12 @@ class Planner:
             )
         sharded = training.sharding == "full" and hardware.gpus > 1
         trace = self._trace(config, training.batch_size // parts, sharded)
-        factors, fixed = _sharded(trace, self.architecture, config, hardware.gpus) if sharded else _whole(trace, config)
+        factors, fixed = _sharded(trace, self.shapes, config, hardware.gpus) if sharded else _whole(trace, config)
         prompts = self._count(_count_prompts, config.data.prompts)
         encoded = [] if config.data.cache else [prompts, self._count(_count_pairs, config.data.pairs)]
-        fixed |= _beside(self.architecture, config, encoded)
+        fixed |= _beside(self.shapes, config, encoded)
         if hardware.gpus > 1 and not sharded:
-            fixed["DDP's gradient buckets"] = FP32 * sum(trace.parameters[role] for role in TRAINED)
+            fixed["DDP's gradient buckets"] = FP32 * sum(trace.parameters[role] for role in trace.trained)
 
         # Each GPU's bytes after each event of the trace.
         live = trace.live(factors) + sum(fixed.values())
@@ -157,13 +154,13 @@ class Planner:
         if peak_phase in PICTURES:
             fixed.pop("gradients", None)
         roles, other = _by_role(trace, at_peak, fixed)
-        per_prompt = FP32 * (_elements(self.architecture.text_shape) + self.architecture.pooled_width + 6)
+        per_prompt = FP32 * sum(map(_elements, self.shapes.conditioning.values()))
         ema = FP32 * trace.parameters["EMA"]
-        states = FP32 * 2 * sum(trace.parameters[role] for role in TRAINED)
+        states = FP32 * 2 * sum(trace.parameters[role] for role in trace.trained)
         if config.optimizer.kind == "adam8bit":
-            states = sum(adam8bit_states(trace.trained_shapes[role]) for role in TRAINED)
+            states = sum(adam8bit_states(trace.trained_shapes[role]) for role in trace.trained)
         return Plan(
-            model=self.architecture.name,
+            model=self.shapes.name,
             gpus=hardware.gpus,
             gpu_memory=hardware.memory,
             sharding="full" if sharded else "none",
@@ -179,7 +176,7 @@ class Planner:
             calls=_calls(trace, config),
             flops_per_iteration=hardware.gpus * _flops(trace, config),
             forward_flops=next(c.flops // c.pictures for c in trace.calls if c.role == "generator"),
-            checkpoint=FP32 * sum(trace.parameters[role] for role in TRAINED) + ema + states,
+            checkpoint=FP32 * sum(trace.parameters[role] for role in trace.trained) + ema + states,
             snapshots=ema * (training.iterations // training.snapshot_every) if training.snapshot_every else 0,
             cache=None if prompts is None else prompts * per_prompt,
             cache_per_prompt=per_prompt,
@@ -204,7 +201,7 @@ class Planner:
         if key not in self._traces:
             if self.progress:
                 print("tracing an iteration without data ...", file=sys.stderr, flush=True)
-            self._traces[key] = trace_iteration(self.architecture, config, micro_batch, compute_dtype=compute_dtype)
+            self._traces[key] = trace_iteration(self.shapes, config, micro_batch, compute_dtype=compute_dtype)
         return self._traces[key]
 
     def _count(self, count: Callable[[str], int | None], source: str) -> int | None:
@@ -261,7 +258,7 @@ class Planner:
 
 
 def make_planner(config: Config, progress: bool = False) -> Planner:
-    return Planner(read_architecture(config.model.teacher, config.model.resolution), progress)
+    return Planner(model_shapes(config.model.teacher, config.model.resolution), progress)
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -288,27 +285,27 @@ def _whole(trace: Trace, config: Config) -> tuple[Factors, dict[str, int]]:
     if config.optimizer.kind == "adam8bit":
         # Its kernels need a GPU, so it is Adam that was traced. They change weights and states in place.
         factors[OPTIMIZER_STEP] = 0
-        for role in TRAINED:
+        for role in trace.trained:
             fp32_states = 2 * FP32 * trace.parameters[role]
             factors[f"{role}: optimizer states"] = adam8bit_states(trace.trained_shapes[role]) / fp32_states
     return factors, {}
 
 
-def _sharded(trace: Trace, architecture: Architecture, config: Config, gpus: int) -> tuple[Factors, dict[str, int]]:
+def _sharded(trace: Trace, shapes: ModelShapes, config: Config, gpus: int) -> tuple[Factors, dict[str, int]]:
     """Every GPU holds its part of weights, gradients and states, and what is gathered of them in passing.
 
     The trace has the activations. Its weights and gradients are whole and in the type that is computed in, so they are
     left out, and the parts put in their place.
     """
-    left_out = [f"{role}: {what}" for role in ROLES for what in ("weights", "gradients", "optimizer states")]
+    left_out = [f"{role}: {what}" for role in trace.roles for what in ("weights", "gradients", "optimizer states")]
     frozen = DTYPES[config.model.frozen_dtype].itemsize
     compute = DTYPES[config.training.mixed_precision.replace("no", "fp32")].itemsize
     fixed: dict[str, int] = {}
     for role, count in trace.parameters.items():
         fixed[f"{role}: weights"] = -(-count // gpus) * (frozen if role == "teacher" else FP32)
-        if role in TRAINED:
+        if role in trace.trained:
             fixed[f"{role}: optimizer states"] = -(-count // gpus) * 2 * FP32
-    blocks, rest = _block_sizes(architecture)
+    blocks, rest = _block_sizes(shapes)
     # One update at a time has gradients. Those of all but an update's last micro-batch are added up whole, in fp32.
     count = trace.parameters["generator"]
     fixed["gradients"] = -(-count // gpus) * FP32 + (count * FP32 if config.training.accumulate > 1 else 0)
@@ -317,35 +314,34 @@ def _sharded(trace: Trace, architecture: Architecture, config: Config, gpus: int
     return dict.fromkeys([*left_out, OPTIMIZER_STEP, VAE_WEIGHTS], 0.0), fixed
 
 
-def _block_sizes(architecture: Architecture) -> tuple[int, int]:
+def _block_sizes(shapes: ModelShapes) -> tuple[int, int]:
     """Parameters of the largest block that is gathered alone, and of all that is in none."""
-    unet = architecture.denoiser.unet
-    blocks = [count_parameters(module) for module in unet.modules() if isinstance(module, BLOCKS)]
-    return max(blocks), count_parameters(unet) - sum(blocks)
+    blocks = [count_parameters(block) for block in shapes.denoiser.blocks()]
+    return max(blocks, default=0), count_parameters(shapes.denoiser) - sum(blocks)
 
 
-def _beside(architecture: Architecture, config: Config, encoded: list[int | None]) -> dict[str, int]:
+def _beside(shapes: ModelShapes, config: Config, encoded: list[int | None]) -> dict[str, int]:
     """What stays on the device besides the networks. ``encoded``: how many texts of each kind the run itself encodes,
     None where that is not known.
     """
     fixed = {}
     if any(count is None or count > EAGER_LIMIT for count in encoded):
-        fixed["text encoders"] = FP32 * architecture.text_parameters
-    if architecture.vae is not None and (makes_pictures(config.training) or encodes_pairs(config.data)):
-        fixed["VAE"] = FP32 * count_parameters(architecture.vae)
+        fixed["text encoders"] = FP32 * shapes.text_parameters
+    if shapes.vae is not None and (makes_pictures(config.training) or encodes_pairs(config.data)):
+        fixed["VAE"] = FP32 * count_parameters(shapes.vae)
     return fixed
 
 
 def _count_prompts(source: str) -> int | None:
     """None where they are not here."""
-    if source != "demo" and not Path(source).exists():
+    if not shipped_by(source) and not Path(source).exists():
         return None
     return len(load_prompts(source))
 
 
 def _count_pairs(source: str) -> int | None:
-    """As ``_count_prompts``. The demo's captions are encoded once, at the start."""
-    if source in ("", "demo"):
+    """As ``_count_prompts``. The captions of pairs that ship are encoded once, at the start."""
+    if not source or shipped_by(source):
         return 0
     if not all(Path(name).exists() for name in expand_braces(source)):
         return None
@@ -367,7 +363,7 @@ def _by_role(
             trace.parameters.get(role, 0),
             *(found.pop(f"{role}: {what}", 0) for what in ("weights", "gradients", "optimizer states", "activations")),
         )
-        for role in ROLES
+        for role in trace.roles
     }
     order = [INPUTS, BACKWARD, OPTIMIZER_STEP, VAE_ACTIVATIONS, *fixed]
     return roles, {label: found[label] for label in order if found.get(label)}
@@ -408,7 +404,7 @@ def _repeats(config: Config, role: Role) -> int:
 def _flops(trace: Trace, config: Config) -> int:
     """Of an iteration, on one GPU."""
     total = 0.0
-    for role in TRAINED:
+    for role in trace.trained:
         more, call = _missing_calls(trace, config, role)
         total += _repeats(config, role) * (trace.flops[role] + (more * call.flops if call else 0))
     return round(total)
@@ -416,7 +412,7 @@ def _flops(trace: Trace, config: Config) -> int:
 
 def _calls(trace: Trace, config: Config) -> list[NetworkCalls]:
     found = []
-    for update in TRAINED:
+    for update in trace.trained:
         more, missing = _missing_calls(trace, config, update)
         counts: dict[tuple, float] = {}
         for call in _one_pass(trace, config, update):

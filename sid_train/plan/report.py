@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..config import RECIPES, Config, load_config
+from .. import configs
+from ..config import Config, load_config
 from .estimate import GIB, Change, Hardware, Plan, Planner, make_planner
 
 TABLE_BEGIN, TABLE_END = "<!-- python -m sid_train plan --table README.md -->\n", "<!-- end of table -->\n"
@@ -87,19 +88,19 @@ def _gib(size: float) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------
 
 
-def table_recipes() -> list[str]:
-    """The recipes that ship for SDXL."""
-    return sorted(path.stem for path in RECIPES.glob("sdxl-*.toml"))
+def table_configs() -> list[str]:
+    """The configurations that ship for SDXL."""
+    return configs.shipped("sdxl-*")
 
 
 def fit_table(reserve: float, progress: bool = False) -> str:
-    """Markdown: what each recipe needs, with one picture a micro-batch and a cache of encoded data."""
+    """Markdown: what each of them needs, with one picture a micro-batch and a cache of encoded data."""
     planners: dict[tuple[str, int], Planner] = {}
     rows = [
         "| recipe | " + " | ".join(f"{gpus}x{memory} GB" for gpus, memory in TABLE_HARDWARE) + " |",
         "|---" * (len(TABLE_HARDWARE) + 1) + "|",
     ]
-    for name in table_recipes():
+    for name in table_configs():
         config = load_config(name, ["data.cache=cache"])
         key = (config.model.teacher, config.model.resolution)
         if key not in planners:
@@ -109,15 +110,15 @@ def fit_table(reserve: float, progress: bool = False) -> str:
     return "\n".join(rows) + "\n"
 
 
-def fit_cell(planner: Planner, recipe: str, hardware: Hardware) -> str:
+def fit_cell(planner: Planner, name: str, hardware: Hardware) -> str:
     """The peak in GiB, and what has to be set for it to fit; ``no`` if nothing helps."""
-    config = load_config(recipe, ["data.cache=cache"])
+    config = load_config(name, ["data.cache=cache"])
     accumulate = config.training.batch_size // hardware.gpus
-    config = load_config(recipe, ["data.cache=cache", f"training.accumulate={accumulate}"])
+    config = load_config(name, ["data.cache=cache", f"training.accumulate={accumulate}"])
     plan = planner.plan(config, hardware)
     if plan.fits:
         return f"{plan.peak / GIB:.1f}"
-    # Adapters are a recipe of their own.
+    # Adapters are a configuration of their own.
     changes = [c for c in planner.changes_that_fit(config, hardware) if not c.settings[0].startswith("adapter")]
     if not changes:
         return "no"

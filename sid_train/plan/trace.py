@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, autocast, nn
 
-from ..config import Config, DataConfig, OptimizerConfig, TrainingConfig
-from ..distiller import Distiller, RealBatch
-from ..ema import EMA
-from ..models.conditioning import Conditioning
+from ..config import Config, TrainingConfig
+from ..core.rng import BatchRNG
+from ..data.config import DataConfig
+from ..method.base import Batch, Losses, Update
+from ..method.methods import METHODS
+from ..models.bundle import ModelShapes
+from ..models.conditioning import Conditioning, RealBatch
 from ..models.networks import Networks, build_networks
-from ..rng import BatchRNG
 from ..sample import pictures_at_once
-from .architecture import Architecture
+from ..training.setup import make_adam, make_ema, make_method
+from ..training.update import run_update
 from .tracker import Tracker, normalise_as_cuda
 
 Device = Literal["cuda", "cpu"]
-Role = Literal["teacher", "fake score", "generator", "EMA"]
+Role = str
+"""``teacher``, ``EMA``, or the name of an update: ``generator``, ``fake score``."""
 
 # What memory is for; parameters, gradients, optimizer states and activations come once a role.
 INPUTS, BACKWARD, OPTIMIZER_STEP = "inputs", "backward pass", "optimizer step"
+LATE = 2**62  # more images than any run sees
 PICTURES = {"pictures: sampling", "pictures: decoding"}  # phases between two iterations
 VAE_WEIGHTS, VAE_ACTIVATIONS = "VAE: weights", "VAE: activations"
 
@@ -60,7 +65,15 @@ class Trace:
     parameters: dict[Role, int]
     micro_batch: int
     trained_shapes: dict[Role, list[int]] = field(default_factory=dict)
-    """The number of elements of every parameter that is trained."""
+    """The number of elements of every parameter that is trained, in the order of the updates."""
+
+    @property
+    def trained(self) -> list[Role]:
+        return list(self.trained_shapes)
+
+    @property
+    def roles(self) -> list[Role]:
+        return ["teacher", *self.trained, "EMA"]
 
     def live(self, factors: dict[str, float] | None = None) -> np.ndarray:
         """Bytes after each event, each label's weighed by its factor (1 where there is none)."""
@@ -75,7 +88,7 @@ class Trace:
 
 
 def trace_iteration(
-    architecture: Architecture,
+    shapes: ModelShapes,
     config: Config,
     micro_batch: int,
     device: Device = "cuda",
@@ -85,27 +98,31 @@ def trace_iteration(
 
     compute_dtype: of networks that are sharded: these gather their weights in it and are not autocast
     """
-    return _Run(architecture, config, micro_batch, device, compute_dtype).trace()
+    return _Run(shapes, config, micro_batch, device, compute_dtype).trace()
 
 
 class _Run:
+    """The ``Passes`` of a trace: shapes without data instead of batches, one rank, phases that are recorded."""
+
     def __init__(
         self,
-        architecture: Architecture,
+        shapes: ModelShapes,
         config: Config,
         micro_batch: int,
         device: Device,
         compute_dtype: torch.dtype | None,
     ):
-        self.architecture, self.config, self.micro_batch, self.device = architecture, config, micro_batch, device
-        self.denoiser = copy.deepcopy(architecture.denoiser)  # which becomes a network of the run
+        self.shapes, self.config, self.micro_batch, self.device = shapes, config, micro_batch, device
+        self.denoiser = copy.deepcopy(shapes.denoiser)  # which becomes a network of the run
         self.tracker = Tracker()
-        self.phase = ""
+        self.current = ""
         self.phases: dict[str, tuple[int, int]] = {}
         self.calls: list[Call] = []
         self.flops: dict[str, int] = {}
         self.networks = self._build(compute_dtype)
-        self.autocast = config.training.mixed_precision == "bf16" and compute_dtype is None
+        self.is_autocast = config.training.mixed_precision == "bf16" and compute_dtype is None
+        # A third micro-batch would be like the second, whose gradients are added up.
+        self.micro_batches = min(config.training.accumulate, 2)
 
     def _build(self, compute_dtype: torch.dtype | None) -> Networks:
         config = self.config
@@ -117,9 +134,10 @@ class _Run:
                 config.model.frozen_dtype,
                 config.training.gradient_checkpointing,
                 place=lambda network: None,
+                trained=METHODS[config.method.kind].trained,
             )
             if compute_dtype is not None:
-                for network in vars(networks).values():
+                for network in (*networks.trained.values(), networks.generator_ema, networks.teacher):
                     network.to(compute_dtype)
         return networks
 
@@ -129,37 +147,25 @@ class _Run:
             parameters = self._place_networks()
             self._watch_calls()
             if self.device == "cuda":
-                normalise_as_cuda(self.denoiser, *vars(networks).values())
-            distiller = Distiller(
-                networks.generator,
-                networks.fake_score,
-                networks.teacher,
+                normalise_as_cuda(self.denoiser, *(network for _, network in self._roles()))
+            method = make_method(
+                config,
+                networks,
                 self.denoiser.schedule,
                 self._conditioning(1),
-                self.architecture.latent_shape,
-                config.method,
-                config.gan,
+                self.shapes.latent_shape,
+                wrapped=networks.trained,
             )
             # Every earlier step runs without gradient and leaves nothing behind: one of them is enough.
             step = config.method.steps if config.method.matching == "final" else min(config.method.steps, 2)
-            rng = BatchRNG(torch.Generator())
-            adversarial = config.gan.enabled
-            optimizers = {role: self._optimizer(role) for role in ("fake score", "generator")}
-
-            def fake_score_loss() -> dict[str, Tensor]:
-                cond, real = self._conditioning(), self._real() if adversarial else None
-                with self._autocast():
-                    return distiller.fake_score_loss(cond, step, rng, real)
-
-            def generator_loss() -> dict[str, Tensor]:
-                cond = self._conditioning()
-                with self._autocast():
-                    return distiller.generator_loss(cond, step, rng, adversarial)
-
-            ema = EMA(networks.generator_ema, config.optimizer.ema_halflife_images, config.optimizer.ema_rampup)
-            self._update("fake score", networks.fake_score, optimizers["fake score"], fake_score_loss)
-            self._update("generator", networks.generator, optimizers["generator"], generator_loss)
-            ema.update(networks.generator, config.training.batch_size, config.training.batch_size)
+            # Late enough for all that waits, and each network's update once.
+            updates = {update.network: update for update in method.updates(step, images_seen=LATE)}
+            optimizers = {role: self._optimizer(role) for role in updates}
+            ema = make_ema(config.optimizer, networks.generator_ema)
+            for role, update in updates.items():
+                foreach = self.device == "cuda"
+                run_update(update, networks.trained[role], optimizers[role], self, config.optimizer.clip_norm, foreach)
+            ema.update(networks.trained["generator"], config.training.batch_size, config.training.batch_size)
             self._pictures()
         return Trace(
             self.tracker.labels,
@@ -169,10 +175,7 @@ class _Run:
             self.flops,
             parameters,
             self.micro_batch,
-            {
-                "fake score": [p.numel() for p in networks.fake_score.parameters()],
-                "generator": [p.numel() for p in networks.generator.parameters()],
-            },
+            {update.name: [p.numel() for p in networks.trained[role].parameters()] for role, update in updates.items()},
         )
 
     # -- networks ------------------------------------------------------------------------------------------------
@@ -208,9 +211,8 @@ class _Run:
         return count
 
     def _roles(self) -> list[tuple[Role, nn.Module]]:
-        n = self.networks
-        trained = [("fake score", n.fake_score), ("generator", n.generator)]
-        return [*trained, ("EMA", n.generator_ema), ("teacher", n.teacher)]
+        trained = [(role.replace("_", " "), network) for role, network in self.networks.trained.items()]
+        return [*trained, ("EMA", self.networks.generator_ema), ("teacher", self.networks.teacher)]
 
     def _watch_calls(self) -> None:
         """Labels what a network's call allocates, and keeps a list of calls."""
@@ -225,24 +227,28 @@ class _Run:
                 module: nn.Module, args: tuple, kwargs: dict, out: Any, role: Role = role, before: list[Any] = before
             ) -> None:
                 self.tracker.label, flops = before
-                call = (self.phase, role, len(args[0]), kwargs.get("output") == "logits", torch.is_grad_enabled())
+                call = (self.current, role, len(args[0]), kwargs.get("call") == "logits", torch.is_grad_enabled())
                 self.calls.append(Call(*call, flops=self.tracker.flops - flops))
 
             network.register_forward_pre_hook(enter)
             network.register_forward_hook(leave, with_kwargs=True)
 
-    def _optimizer(self, role: Role) -> torch.optim.Optimizer:
-        """Adam with its states, as it has them after the first step."""
-        network = dict(self._roles())[role]
-        config = self.config.optimizer
-        optimizer = make_adam(config, list(network.parameters()), foreach=self.device == "cuda")
+    def _optimizer(self, role: str) -> torch.optim.Optimizer:
+        """Adam with its states, as it has them after the first step. 8-bit Adam's kernels need a GPU: what is traced
+        for it is Adam, whose states ``estimate`` replaces.
+
+        foreach is PyTorch's default on CUDA: one call for all parameters, with temporary copies.
+        """
+        network = self.networks.trained[role]
+        config = replace(self.config.optimizer, kind="adam")
+        optimizer = make_adam(config, role, network, foreach=self.device == "cuda")
         with self._labelled(OPTIMIZER_STEP):
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         states = [s for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
-        self.tracker.relabel(states, f"{role}: optimizer states")
+        self.tracker.relabel(states, f"{role.replace('_', ' ')}: optimizer states")
         return optimizer
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -252,57 +258,57 @@ class _Run:
             return self.tracker.empty(torch.empty(shape, device="meta"))
 
     def _conditioning(self, batch: int | None = None) -> Conditioning:
-        batch = batch or self.micro_batch
-        shape = self.architecture
-        return Conditioning(
-            self._tensor(batch, *shape.text_shape), self._tensor(batch, shape.pooled_width), self._tensor(batch, 6)
-        )
+        shapes = self.shapes.conditioning
+        return Conditioning(**{name: self._tensor(batch or self.micro_batch, *shape) for name, shape in shapes.items()})
 
     def _real(self) -> RealBatch:
-        return RealBatch(self._tensor(self.micro_batch, *self.architecture.latent_shape), self._conditioning())
+        return RealBatch(self._tensor(self.micro_batch, *self.shapes.latent_shape), self._conditioning())
 
-    # -- the iteration -------------------------------------------------------------------------------------------
+    # -- the passes of an update (``training.update.Passes``) ----------------------------------------------------
 
-    def _autocast(self) -> Any:
-        return autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+    def draws(self) -> Iterator[BatchRNG]:
+        rng = BatchRNG(torch.Generator())
+        return (rng for _ in range(self.micro_batches))
 
-    def _update(
-        self,
-        role: Role,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        compute: Callable[[], dict[str, Tensor]],
-    ) -> None:
-        """As ``Trainer._update``; a third micro-batch would be like the second, whose gradients are added up."""
-        micro_batches = min(self.config.training.accumulate, 2)
-        for _ in range(micro_batches):
-            begin = self.tracker.flops
-            with self._phase(f"{role}: forward"), self._labelled(INPUTS):
-                losses = compute()
-            with self._phase(f"{role}: backward"), self._labelled(BACKWARD):
-                (torch.stack(list(losses.values())).sum() / micro_batches).backward()
-            self.flops[role] = self.tracker.flops - begin
-        with self._phase(f"{role}: optimizer"), self._labelled(OPTIMIZER_STEP):
-            nn.utils.clip_grad_norm_(
-                network.parameters(), self.config.optimizer.clip_norm or float("inf"), foreach=self.device == "cuda"
-            )
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def batch(self, update: Update, rng: BatchRNG) -> Batch:
+        cond = self._conditioning()
+        return Batch(cond, self._real() if update.wants_real else None)
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        role, _, part = name.partition(": ")
+        return self._recorded(name, {"forward": INPUTS, "backward": BACKWARD}.get(part, OPTIMIZER_STEP), role)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast("cpu", torch.bfloat16) if self.is_autocast else nullcontext()
+
+    def reducing(self, network: nn.Module, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def note(self, losses: Losses) -> None:
+        """There are no figures."""
+
+    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
+        return {}
+
+    # -- what a run makes besides --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _pictures(self) -> None:
         """What the run shows of itself, and its pairs where they are encoded when they are drawn."""
         encodes, shows = encodes_pairs(self.config.data), makes_pictures(self.config.training)
         if shows:
-            latents = self._tensor(pictures_at_once(self.architecture.latent_shape), *self.architecture.latent_shape)
+            latents = self._tensor(pictures_at_once(self.shapes.latent_shape), *self.shapes.latent_shape)
             cond = self._conditioning(len(latents))
             with self._phase("pictures: sampling"):
                 self.networks.generator_ema(latents, self._tensor(len(latents)), cond)
-        if self.architecture.vae is None or not (encodes or shows):
+        if self.shapes.vae is None or not (encodes or shows):
             return
-        vae = copy.deepcopy(self.architecture.vae)
+        vae = copy.deepcopy(self.shapes.vae)
         self._place(vae, VAE_WEIGHTS, {})
-        channels, height, width = self.architecture.latent_shape
+        channels, height, width = self.shapes.latent_shape
         with self._labelled(VAE_ACTIVATIONS):
             if shows:
                 with self._phase("pictures: decoding"):
@@ -318,12 +324,24 @@ class _Run:
         self.tracker.label = before
 
     @contextmanager
+    def _recorded(self, name: str, label: str, role: Role) -> Iterator[None]:
+        """A phase of an update of ``role``; its FLOPs are those of the last micro-batch."""
+        before = self.tracker.flops
+        with self._phase(name), self._labelled(label):
+            yield
+        spent = self.tracker.flops - before
+        if label == INPUTS:
+            self.flops[role] = spent
+        elif label == BACKWARD:
+            self.flops[role] += spent
+
+    @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self.phase, begin = name, len(self.tracker.events)
+        self.current, begin = name, len(self.tracker.events)
         yield
         first = self.phases.get(name, (begin, 0))[0]
         self.phases[name] = (first, len(self.tracker.events))
-        self.phase = ""
+        self.current = ""
 
 
 def makes_pictures(training: TrainingConfig) -> bool:
@@ -334,12 +352,3 @@ def makes_pictures(training: TrainingConfig) -> bool:
 def encodes_pairs(data: DataConfig) -> bool:
     """Whether a run encodes its pairs when they are drawn."""
     return bool(data.pairs and not data.cache)
-
-
-def make_adam(config: OptimizerConfig, parameters: list[nn.Parameter], foreach: bool) -> torch.optim.Adam:
-    """The trainer's Adam. ``foreach`` is PyTorch's default on CUDA: one call for all parameters, with temporary copies.
-
-    That of 8-bit Adam cannot run here: ``estimate`` replaces its states.
-    """
-    betas = (float(config.beta1), float(config.beta2))
-    return torch.optim.Adam(parameters, lr=config.generator_lr, betas=betas, eps=config.eps, foreach=foreach)

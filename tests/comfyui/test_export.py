@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,22 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def parts(pack, unet_file):
-    return module(pack, "sid_train.models.sdxl").open_sdxl(str(unet_file))
+    return module(pack, "sid_train.models.sdxl.parts").open_sdxl(str(unet_file))
 
 
 @pytest.fixture(scope="module")
 def generator(pack, parts):
     """A generator that is a LoRA on every kind of module over the small UNet."""
-    export = module(pack, "sid_train.sdxl_export")
+    lora, family = module(pack, "sid_train.models.sdxl.lora"), module(pack, "sid_train.models.family")
     rng = torch.Generator().manual_seed(0)
     adapter = {}
-    for name in export.kohya_modules(parts.unet, parts.unet_config):
-        shape = parts.unet[f"{name}.weight"].shape
+    for name in lora.kohya_modules(parts.tensors, parts.unet_config):
+        shape = parts.tensors[f"{name}.weight"].shape
         if len(shape) >= 2 and not name.startswith(("conv_", "time_embedding", "add_embedding")):
             down, up = torch.randn(4, *shape[1:], generator=rng), torch.randn(shape[0], 4, generator=rng)
             adapter[name] = (down * down[0].numel() ** -0.5, up * 0.3, 4.0)
     recipe = module(pack, "sid_train.core.recipe").SiDRecipe()
-    return export.Generator(parts.unet_config, parts.unet, recipe, parts, adapter)
+    return family.Generator(parts, recipe, parts.tensors, adapter)
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def put(tmp_path, monkeypatch, pack, generator):
     """Exports into one of ComfyUI's model folders."""
     import folder_paths
 
-    def write(kind: str, format_: str, dtype: str = "fp32") -> str:
-        folder = tmp_path / kind
-        module(pack, "sid_train.sdxl_export").export(generator, folder / "sid.safetensors", format_, dtype)
+    def write(kind: str, format_: str, dtype: str = "fp32", generator=generator) -> str:
+        folder, options = tmp_path / kind, module(pack, "sid_train.models.family").ExportOptions(format_, dtype)
+        module(pack, "sid_train.models.sdxl.export").export(generator, folder / "sid.safetensors", options)
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
         return "sid.safetensors"
 
@@ -49,13 +50,15 @@ def put(tmp_path, monkeypatch, pack, generator):
 @pytest.fixture(scope="module")
 def latents(pack, generator) -> torch.Tensor:
     """The chain of ``core.few_step_sample`` over the merged UNet in diffusers, fp32."""
-    sdxl, sampling = module(pack, "sid_train.models.sdxl"), module(pack, "sid_train.core.sampling")
-    schedule = module(pack, "sid_train.core.noise_schedule").NoiseSchedule.sdxl()
-    unet = sdxl.build_unet(generator.config, generator.merged(), torch.float32).eval()
-    denoiser = module(pack, "sid_train.models.unet").UNetDenoiser(unet, schedule, "epsilon")
+    sdxl, sampling = module(pack, "sid_train.models.sdxl.parts"), module(pack, "sid_train.core.sampling")
+    schedule = module(pack, "sid_train.core.noise_schedule").VPSchedule.sdxl()
+    unet = sdxl.build_unet(generator.model.unet_config, generator.merged(), torch.float32).eval()
+    denoiser = module(pack, "sid_train.models.unet").UNetDenoiser(unet, schedule)
     ((text, extra),) = conditioning(1)
     size = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
-    cond = module(pack, "sid_train.models.conditioning").Conditioning(text, extra["pooled_output"], size)
+    cond = module(pack, "sid_train.models.conditioning").Conditioning(
+        text=text, pooled=extra["pooled_output"], time_ids=size
+    )
     first = sampling.initial_noise((1, 4, 16, 16), SEED)
     sigmas = sampling.ladder_sigmas(schedule, generator.recipe.timesteps)
     noises = sampling.noise_sampler("fresh", first, sampling.seeded_noise(first, SEED))
@@ -98,27 +101,28 @@ def test_lora_matches_every_key_and_gives_the_same(nodes, put, model, latents, g
     assert_same(sampled(nodes, patched, recipe), latents, 1e-4)  # merged in another order of operations
 
 
-def test_checkpoint_in_fp16_and_fp8(pack, nodes, put, generator, latents, tmp_path, monkeypatch):
+def test_checkpoint_in_fp16_and_fp8(pack, nodes, put, generator, latents):
     """All in one file: with the small VAE and without text encoders, which ComfyUI has no small ones of."""
     from small_models import vae_tensors
 
     rest = {f"first_stage_model.{k}": v for k, v in vae_tensors().items()}
     rest["conditioner.embedders.0.none"] = torch.zeros(1)
-    tensors = module(pack, "sid_train.tensors").LazyTensor
-    monkeypatch.setattr(generator.parts, "load_rest", lambda: {k: tensors.of(v) for k, v in rest.items()})
+    tensors = module(pack, "sid_train.files.tensors").LazyTensor
+    parts = replace(generator.model, load_rest=lambda: {k: tensors.of(v) for k, v in rest.items()})
+    whole = replace(generator, model=parts)
     for dtype, relative in (("fp16", 0.02), ("fp8", 0.5)):
-        model, _, vae, recipe = run(nodes["SiDCheckpointLoader"], ckpt_name=put("checkpoints", "checkpoint", dtype))
+        model, _, vae, recipe = run(
+            nodes["SiDCheckpointLoader"], ckpt_name=put("checkpoints", "checkpoint", dtype, whole)
+        )
         assert vae is not None
         difference = (sampled(nodes, model, recipe) - latents).std() / latents.std()
         assert difference < relative, dtype
 
 
-def test_v_prediction_survives(pack, nodes, put, generator, monkeypatch):
-    from dataclasses import replace
-
+def test_v_prediction_survives(nodes, put, generator):
     recipe = replace(generator.recipe, prediction_type="v_prediction", zero_terminal_snr=True)
-    monkeypatch.setattr(generator, "recipe", recipe)
-    _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=put("diffusion_models", "unet", "fp16"))
+    name = put("diffusion_models", "unet", "fp16", replace(generator, recipe=recipe))
+    _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
     assert read == recipe  # the loader raises where ComfyUI loads the file as another kind of model
 
 
@@ -126,9 +130,9 @@ def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch):
     """diffusers' names, as DMD2 publishes: ComfyUI knows them for full-size SDXL only."""
     import folder_paths
 
-    export, recipes = module(pack, "sid_train.sdxl_export"), module(pack, "sid_train.core.recipe")
+    export, recipes = module(pack, "sid_train.models.sdxl.export"), module(pack, "sid_train.core.recipe")
     source, path = tmp_path / "dmd2_sdxl_4step_unet_fp16.safetensors", tmp_path / "converted.safetensors"
-    save_file({name: tensor.load().half() for name, tensor in parts.unet.items()}, source)
+    save_file({name: tensor.load().half() for name, tensor in parts.tensors.items()}, source)
     export.convert_unet(source, path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name="converted.safetensors")

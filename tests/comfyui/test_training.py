@@ -102,10 +102,11 @@ def test_shards_in_braces_are_what_the_trainer_reads(write, tmp_path):
     assert len(open_pictures(config.data.pairs)) == 2
 
 
-@pytest.mark.parametrize(("windows", "quote"), [(False, "'"), (True, '"')])
-def test_command_is_quoted_as_the_terminal_reads_it(pack, write, tmp_path, monkeypatch, windows, quote):
+def test_command_is_quoted_as_the_terminal_reads_it(pack, write, tmp_path):
     """cmd takes single quotes for part of the path, which here has a space."""
-    monkeypatch.setattr(module(pack, "nodes.training"), "WINDOWS", windows)
+    quoted = module(pack, "nodes.training").quoted
     command, _ = write()
-    path = tmp_path / "put out" / "sid_train" / "my-sid.toml"
-    assert command == f"python -m sid_train distill --config {quote}{path}{quote} --out runs/my-sid"
+    path = str(tmp_path / "put out" / "sid_train" / "my-sid.toml")
+    assert command == f"python -m sid_train distill --config {quoted(path)} --out runs/my-sid"
+    assert quoted(path, windows=False) == f"'{path}'"
+    assert quoted(path, windows=True) == f'"{path}"'

@@ -4,7 +4,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from sid_train.core.noise_schedule import (
-    NoiseSchedule,
+    VPSchedule,
     input_scale,
     prediction_to_x0,
     scaled_linear_alphas_cumprod,
@@ -28,7 +28,7 @@ def numpy_alphas_cumprod(zero_snr: bool) -> np.ndarray:
 
 @both_schedules
 def test_integer_timesteps_survive_the_round_trip_through_sigma(zero_snr):
-    schedule = NoiseSchedule.sdxl(zero_snr)
+    schedule = VPSchedule.sdxl(zero_snr)
     t = torch.arange(1000)
     assert len(schedule) == 1000
     sigma = schedule.sigma(t)
@@ -40,7 +40,7 @@ def test_integer_timesteps_survive_the_round_trip_through_sigma(zero_snr):
 @both_schedules
 def test_table_is_what_numpy_computes(zero_snr):
     alphas_cumprod = numpy_alphas_cumprod(zero_snr)
-    sigmas = NoiseSchedule.sdxl(zero_snr).sigmas
+    sigmas = VPSchedule.sdxl(zero_snr).sigmas
     assert sigmas.dtype == torch.float32
     np.testing.assert_allclose(sigmas.numpy(), np.sqrt((1 - alphas_cumprod) / alphas_cumprod), rtol=1e-6)
     np.testing.assert_allclose(scaled_linear_alphas_cumprod(zero_terminal_snr=zero_snr), alphas_cumprod, rtol=1e-9)
@@ -55,11 +55,11 @@ def test_table_agrees_with_diffusers(zero_snr):
     keep, tolerance = (slice(0, 999), 1e-3) if zero_snr else (slice(0, 1000), 2e-5)
     torch.testing.assert_close(ours[keep].float(), ddpm.alphas_cumprod[keep], rtol=tolerance, atol=0)
     ascending = euler.sigmas[:-1].flip(0)
-    torch.testing.assert_close(NoiseSchedule(ours).sigmas[keep], ascending[keep], rtol=tolerance, atol=0)
+    torch.testing.assert_close(VPSchedule(ours).sigmas[keep], ascending[keep], rtol=tolerance, atol=0)
 
 
 def test_zero_snr_ends_in_comfyuis_finite_sigma():
-    sigmas = NoiseSchedule.sdxl(zero_terminal_snr=True).sigmas
+    sigmas = VPSchedule.sdxl(zero_terminal_snr=True).sigmas
     assert sigmas.isfinite().all()
     assert sigmas[-1].item() == pytest.approx(4518.8, abs=0.1)
     assert (sigmas.diff() > 0).all()
@@ -67,7 +67,7 @@ def test_zero_snr_ends_in_comfyuis_finite_sigma():
 
 @both_schedules
 def test_fractional_timesteps_rise_with_sigma(zero_snr):
-    schedule = NoiseSchedule.sdxl(zero_snr)
+    schedule = VPSchedule.sdxl(zero_snr)
     sigma = torch.logspace(-3, 4, 20_001)  # far below and above the table, where the timestep stays at its ends
     t = schedule.timestep(sigma)
     assert (t.diff() >= 0).all()
@@ -89,7 +89,7 @@ def test_predictions_become_x0_by_the_textbook_formulas(prediction_type):
     expected = (z - s * prediction) / alpha if prediction_type == "epsilon" else alpha * z - s * prediction
     truth = eps if prediction_type == "epsilon" else alpha * eps - s * x0
 
-    sigma = NoiseSchedule.sdxl().sigma(t)
+    sigma = VPSchedule.sdxl().sigma(t)
     x = (z / alpha).float()  # variance exploding: what the rest sees
     torch.testing.assert_close(x * input_scale(sigma, x), z.float(), rtol=1e-5, atol=1e-6)
     result = prediction_to_x0(prediction.float(), x, sigma, prediction_type)
@@ -100,7 +100,7 @@ def test_predictions_become_x0_by_the_textbook_formulas(prediction_type):
 
 
 def test_v_prediction_at_zero_snr_is_minus_v():
-    sigma = NoiseSchedule.sdxl(zero_terminal_snr=True).sigmas[-1:]
+    sigma = VPSchedule.sdxl(zero_terminal_snr=True).sigmas[-1:]
     eps, v = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     x0 = prediction_to_x0(v.half(), sigma * eps, sigma, "v_prediction")
     assert x0.dtype == torch.float32

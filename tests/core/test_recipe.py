@@ -17,7 +17,7 @@ from sid_train.core.recipe import (
     read_recipe,
     read_safetensors_metadata,
 )
-from sid_train.core.sampling import timestep_ladder
+from sid_train.core.timesteps import timestep_ladder
 
 OTHERS = {
     "default": SiDRecipe(title="default"),

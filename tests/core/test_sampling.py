@@ -2,19 +2,17 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sid_train.core.noise_schedule import NoiseSchedule
+from sid_train.core.noise_schedule import VPSchedule
 from sid_train.core.sampling import (
     NOISE_MODES,
-    check_timesteps,
     few_step_sample,
     initial_noise,
     ladder_sigmas,
-    last_timesteps,
     noise_sampler,
     seeded_noise,
-    timestep_ladder,
 )
-from sid_train.demo.model import LATENT_SHAPE
+from sid_train.core.timesteps import check_timesteps, last_timesteps, timestep_ladder
+from sid_train.models.digits.model import LATENT_SHAPE
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -115,8 +113,8 @@ def diffusers_chain(unet, cond, scheduler, timesteps, mode, noises):
 @torch.no_grad()
 def test_chain_is_diffusers_chain(model, t_init, mode, make_denoiser, cond):
     prediction_type, _, zero_snr = model.partition(", ")
-    schedule = NoiseSchedule.sdxl(bool(zero_snr))
-    denoiser = make_denoiser(3, prediction_type, schedule)
+    denoiser = make_denoiser(3, prediction_type, bool(zero_snr))
+    schedule = denoiser.schedule
     scheduler = DDPMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -174,7 +172,7 @@ def halve(x, sigma):
 
 
 def sample(first_noise, mode="fresh", steps=4, seed=5, denoise=halve, **options):
-    sigmas = ladder_sigmas(NoiseSchedule.sdxl(), timestep_ladder(steps))
+    sigmas = ladder_sigmas(VPSchedule.sdxl(), timestep_ladder(steps))
     noise = noise_sampler(mode, first_noise, seeded_noise(first_noise, seed))
     return few_step_sample(denoise, sigmas, first_noise, noise, **options)
 

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from sid_train.callbacks import read_log
 from sid_train.cli import main
 from sid_train.core.recipe import SiDRecipe
-from sid_train.models.bundle import load_model
+from sid_train.files.logs import read_log
+from sid_train.models.families import load_model
 from sid_train.sample import sample_latents
-from sid_train.trainer import CHECKPOINT_FILE
+from sid_train.training.run import RunFolder
 
 ON_CPU = os.environ.get("SID_SMOKE_ON_CPU") == "1"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
@@ -60,7 +59,6 @@ def narrow(tmp_path_factory) -> str:
 def distill(teacher: str, out: Path, size: int, *settings: str, iterations: int = 3) -> list[dict[str, float]]:
     """The losses of a short run with the recipe for one card; prints what it took."""
     size = 64 if ON_CPU else size
-    AcceleratorState._reset_state(reset_partial_state=True)
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     values = (
@@ -94,7 +92,7 @@ def test_lora(sdxl, tmp_path, size, checkpointing, guidance):
     settings = (f"training.gradient_checkpointing={checkpointing}", f"method.guidance={guidance}")
     losses = distill(sdxl, tmp_path / "run", size, *LORA, *settings)
     assert len(losses) == 3
-    state = load_file(tmp_path / "run" / CHECKPOINT_FILE)
+    state = load_file(RunFolder(tmp_path / "run").last_checkpoint())
     for network in ("generator.", "fake_score.", "generator_ema."):  # the second factors start at 0
         assert all(t.any() for name, t in state.items() if name.startswith(network) and name.endswith("lora_B"))
 
@@ -121,7 +119,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(sdxl, tmp_path):
     config = (stopped / "config.toml").read_text()
     (stopped / "config.toml").write_text(config.replace("iterations = 2", "iterations = 3"))
     distill(sdxl, stopped, 512, *LORA, "training.checkpoint_every=2")
-    one, other = (load_file(path / CHECKPOINT_FILE) for path in (tmp_path / "whole", stopped))
+    one, other = (load_file(RunFolder(path).last_checkpoint()) for path in (tmp_path / "whole", stopped))
     for name in one:
         if name.startswith("generator_ema."):
             torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-5, msg=name)

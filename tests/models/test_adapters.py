@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointError
 
-from sid_train.config import AdapterConfig
-from sid_train.distiller import Distiller, GANConfig, MethodConfig, RealBatch
+from sid_train.core.rng import BatchRNG
+from sid_train.files.tensors import LazyTensor
+from sid_train.method.config import GANConfig, MethodConfig
+from sid_train.method.sid import Distiller
+from sid_train.models.adapter_config import AdapterConfig
 from sid_train.models.adapters import (
     AdapterDenoiser,
-    SharedUNet,
+    SharedNetwork,
     adapter_from_state,
     copy_adapter,
-    merge_adapter,
 )
-from sid_train.models.bundle import load_model
-from sid_train.rng import BatchRNG
+from sid_train.models.conditioning import RealBatch
+from sid_train.models.families import load_model
+from sid_train.models.family import merge_lora
 
 RANK = 4
 ROLES = ("generator", "fake_score")
@@ -38,7 +41,7 @@ def randomise(denoiser: AdapterDenoiser, seed: int) -> None:
 
 
 def shared_networks(bundle, checkpointing: bool = True):
-    shared = SharedUNet(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), ROLES)
+    shared = SharedNetwork(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), ROLES)
     if checkpointing:
         shared.use_checkpointing()
     networks = {role: AdapterDenoiser(shared, role) for role in (*ROLES, "teacher")}
@@ -51,7 +54,7 @@ def separate_networks(bundle):
     """Three UNets of their own, two of them with an adapter, nothing recomputed."""
     networks = {"teacher": copy.deepcopy(bundle.denoiser).requires_grad_(False)}
     for seed, role in enumerate(ROLES):
-        shared = SharedUNet(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), (role,))
+        shared = SharedNetwork(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), (role,))
         networks[role] = AdapterDenoiser(shared, role).requires_grad_(True)
         randomise(networks[role], seed)
     return networks
@@ -113,7 +116,7 @@ def test_recomputing_as_whoever_is_active_is_wrong(bundle):
 
 
 def test_new_adapters_change_nothing_and_the_teacher_is_never_changed(bundle):
-    shared = SharedUNet(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), ROLES)
+    shared = SharedNetwork(copy.deepcopy(bundle.denoiser), AdapterConfig(RANK), ROLES)
     networks = {role: AdapterDenoiser(shared, role) for role in (*ROLES, "teacher")}
     cond, sigma = bundle.conditioner.encode(PROMPTS), torch.full((len(PROMPTS),), 2.0)
     x = torch.randn(len(PROMPTS), *bundle.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -140,7 +143,9 @@ def test_only_the_adapters_are_parameters(bundle):
 def test_merged_adapter_is_the_adapter(bundle):
     _, networks = shared_networks(bundle)
     merged = copy.deepcopy(bundle.denoiser)
-    merge_adapter(merged.unet, adapter_from_state(networks["generator"].state_dict()))
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in merged.unet.state_dict().items()}
+    adapter = adapter_from_state(networks["generator"].state_dict())
+    merged.unet.load_state_dict({name: tensor.load() for name, tensor in merge_lora(lazy, adapter).items()})
     cond, sigma = bundle.conditioner.encode(PROMPTS), torch.full((len(PROMPTS),), 2.0)
     x = torch.randn(len(PROMPTS), *bundle.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Linear
 
-from sid_train.core.noise_schedule import NoiseSchedule
-from sid_train.distiller import Distiller, MethodConfig
-from sid_train.losses import add_noise, sid_loss
+from sid_train.core.noise_schedule import VPSchedule
+from sid_train.core.rng import BatchRNG
+from sid_train.method.config import MethodConfig
+from sid_train.method.losses import add_noise, sid_loss
+from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import Conditioning
-from sid_train.rng import BatchRNG
 
-SCHEDULE = NoiseSchedule.sdxl()
+SCHEDULE = VPSchedule.sdxl()
 
 
 class Mixture:
@@ -65,7 +66,7 @@ class Network(nn.Module):
 
 
 def nothing(batch: int) -> Conditioning:
-    return Conditioning(torch.zeros(batch, 1, 1), torch.zeros(batch, 1), torch.zeros(batch, 6))
+    return Conditioning(text=torch.zeros(batch, 1, 1))
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, slices: int = 64) -> float:

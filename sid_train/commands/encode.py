@@ -1,0 +1,117 @@
+"""``sid_train encode``: prompts, and pairs where there are any, through text encoder and latent codec into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..config import Config, load_config
+from ..core.recipe import Unconditional
+from ..data.cache import (
+    INDEX_FILE,
+    UNCONDITIONAL_FILE,
+    Facts,
+    ShardIndex,
+    model_facts,
+    pair_facts,
+    prompt_facts,
+    read_index,
+    require_same,
+    shard_is_there,
+    write_index,
+    write_shard,
+)
+from ..data.pairs import PicturePairs
+from ..data.pictures import open_pictures
+from ..data.rows import encode_prompts, load_prompts
+from ..files.tensors import DTYPES
+from ..models.conditioning import Conditioning
+from ..models.families import load_model, shipped_by
+
+Tensors = dict[str, Tensor]
+
+
+def encode(config: str, overrides: list[str], out: Path, shard_size: int, dtype: str | None) -> None:
+    encode_cache(load_config(config, overrides), out, shard_size, dtype)
+
+
+def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | None = None) -> None:
+    """Writes everything that ``config`` draws from, encoded, to the folder ``out``.
+
+    After an interruption the same call leaves finished shards alone and ends with the same files. ``dtype`` (fp16, bf16
+    or fp32) is what embeddings and latents are stored in; without it they keep the dtype they are computed in, and a
+    run draws the very bits that it would have encoded itself. Time ids are never rounded. One process a folder.
+    """
+    if shard_size < 1:
+        raise ValueError(f"--shard-size: expected 1 or more, got {shard_size}")
+    if dtype not in (None, "fp16", "bf16", "fp32"):
+        raise ValueError(f"--dtype: expected one of fp16, bf16, fp32, got {dtype!r}")
+    if config.data.cache and Path(config.data.cache) != out:
+        raise ValueError(f"--out: expected the folder that data.cache names, {config.data.cache}, got {out}")
+    if shipped_by(config.data.pairs):
+        raise ValueError("data.pairs: the demo's pictures are made anew at each draw: they cannot be cached")
+    bundle = load_model(config.model.teacher, None, config.model.resolution)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bundle.conditioner.to(device)
+    bundle.codec.to(device)
+    prompts = load_prompts(config.data.prompts, report=True)
+    facts: Facts = model_facts(bundle) | {"dtype": dtype or "as encoded", "shard_size": shard_size}
+    facts |= prompt_facts(prompts)
+    pictures = open_pictures(config.data.pairs) if config.data.pairs else None
+    facts |= {"pairs": "none"} if pictures is None else pair_facts(pictures, config.data.buckets)
+    if (out / INDEX_FILE).is_file():
+        require_same(read_index(out)["facts"], facts, str(out))
+    for leftover in out.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
+
+    def stored(tensors: Tensors) -> Tensors:
+        """In the dtype asked for, time ids apart: bf16 cannot hold 1,025."""
+        if dtype is None:
+            return tensors
+        return {k: v if k.endswith(("row", "time_ids")) else v.to(DTYPES[dtype]) for k, v in tensors.items()}
+
+    def write(name: str, compute: Callable[[], Tensors]) -> None:
+        path = out / name
+        if shard_is_there(path, facts):
+            print(f"{path}: already there", flush=True)
+            return
+        write_shard(path, stored(compute()), facts)
+        print(f"{path}: written", flush=True)
+
+    def write_table(table: str, groups: Iterable[list[int]], compute: Callable[[list[int]], Tensors]) -> ShardIndex:
+        """Shards of rows that belong together; their names and sizes for the index."""
+        index: ShardIndex = []
+        for group in groups:
+            for start in range(0, len(group), shard_size):
+                rows = group[start : start + shard_size]
+                name = f"{table}-{len(index):05d}.safetensors"
+                write(name, lambda rows=rows: {"row": torch.tensor(rows)} | compute(rows))
+                index.append({"file": name, "rows": len(rows)})
+        return index
+
+    def unconditional() -> Tensors:
+        kinds = {kind: bundle.unconditional(kind).to("cpu") for kind in get_args(Unconditional)}
+        return {f"{kind}.{name}": tensor for kind, cond in kinds.items() for name, tensor in cond.tensors.items()}
+
+    write(UNCONDITIONAL_FILE, unconditional)
+    prompt_index = write_table(
+        "prompts",
+        [list(range(len(prompts)))],
+        lambda rows: encode_prompts(bundle.conditioner, [prompts[row] for row in rows]).tensors,
+    )
+    pair_index: ShardIndex = []
+    if pictures is not None:
+        pairs = PicturePairs(pictures, bundle, config.data.buckets)
+        same_size = [[r for r, s in enumerate(pairs.sizes) if s == size] for size in sorted(set(pairs.sizes))]
+
+        def encode_pairs(rows: list[int]) -> Tensors:
+            latents, conds = zip(*map(pairs.encode, rows), strict=True)
+            return {"latents": torch.cat(latents)} | Conditioning.cat(conds).tensors
+
+        pair_index = write_table("pairs", same_size, encode_pairs)
+    write_index(out, facts, prompt_index, pair_index)
+    print(f"{out}: {len(prompts)} prompts, {len(pictures or [])} pairs. Train with --set data.cache={out}", flush=True)

@@ -1,0 +1,54 @@
+"""``export``: the generator of a run, or of an exported file, in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.recipe import SiDRecipe
+from ..models.families import export_generator, open_generator, open_model
+from ..models.family import ExportOptions
+from ..training.run import RunFolder
+
+
+def export(
+    source: Path,
+    out: Path,
+    format_: str,
+    dtype: str,
+    vae: Path | None,
+    base: str | None,
+    rank: int,
+    energy: float,
+    iteration: int,
+) -> None:
+    recipe, notes = export_any(source, out, format_, dtype, base, vae, rank, energy, iteration)
+    print("\n".join([str(out), *notes, recipe.describe()]))
+
+
+def export_any(
+    source: Path,
+    path: Path,
+    format_: str = "",
+    dtype: str = "fp16",
+    base: str | None = None,
+    vae: Path | None = None,
+    rank: int = 0,
+    energy: float = 0,
+    iteration: int = 0,
+) -> tuple[SiDRecipe, list[str]]:
+    """Writes the generator of a run's folder, or of an exported file, to ``path``: its recipe, and notes.
+
+    ``iteration`` is that of a snapshot of the run; 0 is its last checkpoint. ``format_`` is one of its family's; by
+    default a LoRA where the generator is one, else all in one file. ``base`` is the model under a LoRA, the one with
+    the parts that a file lacks, or the one that a LoRA is extracted against: a run's own teacher if none is given.
+    """
+    if source.is_file():
+        if iteration:
+            raise ValueError("--iteration: only for a run's folder")
+        generator = open_generator(str(source), base)
+        under = open_model(base) if base and not generator.adapter else None
+    else:
+        generator = RunFolder(source).open_generator(iteration)
+        under = open_model(base) if base else generator.model
+    options = ExportOptions(format_, dtype, vae, rank, energy, under)
+    return generator.recipe, export_generator(generator, path, options)

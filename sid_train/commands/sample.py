@@ -1,0 +1,49 @@
+"""``sample``: pictures with a distilled generator."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from ..files.atomic import replacing
+from ..files.images import image_grid, to_pil
+from ..files.tensors import DTYPES
+from ..models.families import load_generator
+from ..sample import sample_images
+
+
+def sample(
+    model: str,
+    prompts: list[str],
+    count: int,
+    steps: int | None,
+    base: str | None,
+    resolution: int,
+    device: str | None,
+    dtype: str,
+    seed: int,
+    out: Path,
+) -> None:
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: expected a name that ends in .png, got {str(out)!r}")
+    if not 1 <= count <= 256:
+        raise ValueError(f"--count: expected 1 to 256, got {count}")
+    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    bundle, recipe = load_generator(model, base, resolution)
+    timesteps = recipe.timesteps_for(steps)
+    if len(timesteps) != recipe.steps:
+        print(f"warning: {model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
+    bundle.to(where, DTYPES[dtype])
+    images = sample_images(bundle, recipe, [prompt for prompt in prompts for _ in range(count)], seed, steps)
+    with replacing(out) as temporary:
+        to_pil(image_grid(images, columns=count)).save(temporary, format="PNG")
+    print(f"{out}: {len(images)} picture(s), timesteps {' '.join(map(str, timesteps))}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None

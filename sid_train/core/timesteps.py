@@ -1,0 +1,38 @@
+"""The integer timesteps of a few-step generator."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+MAX_STEPS = 8
+DEFAULT_T_INIT = 625
+
+
+def timestep_ladder(steps: int, t_init: int = DEFAULT_T_INIT) -> list[int]:
+    """The ``steps`` timesteps ``t_init * (K - k) // K``, k = 0..K-1, in integer arithmetic: descending, all above 0."""
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
+    if not steps <= t_init <= 999:
+        raise ValueError(f"t_init: expected {steps} (the number of steps) to 999, got {t_init}")
+    return [t_init * (steps - k) // steps for k in range(steps)]
+
+
+def check_timesteps(timesteps: Sequence[int]) -> None:
+    """ValueError unless ``timesteps`` are 1 to 8 falling integers between 999 and 0."""
+    falling = all(a > b for a, b in itertools.pairwise([1000, *timesteps, -1]))
+    if not falling or not 1 <= len(timesteps) <= MAX_STEPS:
+        raise ValueError(
+            f"timesteps: expected 1 to {MAX_STEPS} integers that fall, between 999 and 0, got {list(timesteps)}"
+        )
+
+
+def last_timesteps(timesteps: Sequence[int], denoise: float) -> list[int]:
+    """The trained timesteps that an image-to-image pass of strength ``denoise`` in (0, 1] runs.
+
+    All of them at 1, else the last ``max(1, floor(K * denoise + 1/2))``.
+    """
+    if not 0 < denoise <= 1:
+        raise ValueError(f"denoise: expected more than 0 and at most 1, got {denoise}")
+    keep = max(1, int(len(timesteps) * denoise + 0.5))
+    return list(timesteps[-keep:])

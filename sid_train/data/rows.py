@@ -1,0 +1,106 @@
+"""The prompts of a run as encoded rows: encoded at the start, when they are drawn, or by ``sid_train encode``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..core.recipe import Unconditional
+from ..core.rng import BatchRNG
+from ..models.bundle import ModelBundle
+from ..models.conditioning import Conditioner, Conditioning
+from ..models.families import shipped_by
+from .cache import Cache, model_facts, prompt_facts
+from .config import DataConfig
+from .prompts import read_prompts
+
+EAGER_LIMIT = 4096
+"""Up to this many prompts are encoded once and kept (2.6 GB in fp32 for SDXL); more are encoded when drawn."""
+
+
+def load_prompts(source: str, report: bool = False) -> list[str]:
+    """As ``read_prompts``; also those that a model family ships under its word."""
+    family = shipped_by(source)
+    return family.prompts() if family else read_prompts(source, report)
+
+
+class EncodedRows(Protocol):
+    """Encoded prompts by their place in the list."""
+
+    def read(self, rows: Sequence[int]) -> Conditioning: ...
+
+
+def encode_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> Conditioning:
+    """The prompts' conditioning on the CPU, encoded one by one: a matrix product rounds differently in another batch,
+    and a prompt's embedding must not depend on which others it was drawn or cached with.
+    """
+    with torch.no_grad():
+        return Conditioning.cat([conditioner.encode([prompt]).to("cpu") for prompt in prompts])
+
+
+class LiveRows:
+    """Prompts encoded by the text encoder: all at the start if they are few, else those that are read."""
+
+    def __init__(self, prompts: list[str], conditioner: Conditioner):
+        self.prompts, self.conditioner = prompts, conditioner
+        self.encoded = None
+        if len(prompts) <= EAGER_LIMIT:
+            self.encoded = encode_prompts(conditioner, prompts)
+            conditioner.unload()
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        if self.encoded is not None:
+            return self.encoded[list(rows)]
+        return encode_prompts(self.conditioner, [self.prompts[row] for row in rows])
+
+
+class PromptTable:
+    """The prompts of a run, in batches.
+
+    unconditional: the embedding of no text, a single row on ``device``
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        encoded: EncodedRows,
+        unconditional: Conditioning,
+        device: torch.device | str = "cpu",
+    ):
+        self.prompts, self.encoded, self.device = prompts, encoded, device
+        self.unconditional = unconditional.to(device)
+
+    def read(self, rows: Sequence[int]) -> Conditioning:
+        """The conditioning of any prompts of the run, by their place in ``prompts``."""
+        return self.encoded.read(rows).to(self.device)
+
+    def draw_rows(self, batch: int, rng: BatchRNG) -> list[int]:
+        """``batch`` rows, uniformly with replacement: the generator is all the state."""
+        return rng.randint(0, len(self.prompts), batch).tolist()
+
+    def draw(self, batch: int, rng: BatchRNG) -> Conditioning:
+        """The conditioning of ``batch`` prompts."""
+        return self.read(self.draw_rows(batch, rng))
+
+
+def load_prompt_table(
+    data: DataConfig,
+    bundle: ModelBundle,
+    unconditional: Unconditional,
+    device: torch.device | str = "cpu",
+    report: bool = True,
+) -> PromptTable:
+    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used.
+    ``report`` prints how many were dropped.
+    """
+    prompts = load_prompts(data.prompts, report)
+    if not data.cache:
+        no_text = bundle.unconditional(unconditional)  # first: LiveRows frees the text encoders when it is done
+        encoded = LiveRows(prompts, bundle.conditioner)
+        return PromptTable(prompts, encoded, no_text, device)
+    cache = Cache(Path(data.cache))
+    cache.expect(model_facts(bundle) | prompt_facts(prompts))
+    return PromptTable(prompts, cache.prompts(), cache.unconditional(unconditional), device)

@@ -1,0 +1,31 @@
+"""Logs with one JSON object a line, which a run that continues rewinds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .atomic import write_text
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log, oldest first; none if there is no file."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break  # torn by a crash; what follows is repeated anyway
+    return entries
+
+
+def append_log(path: Path, entry: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def rewind_log(path: Path, iteration: int) -> None:
+    """Drops the entries after ``iteration``: a run that is continued repeats what came after its last checkpoint."""
+    kept = [entry for entry in read_log(path) if entry["iteration"] <= iteration]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))

@@ -1,0 +1,106 @@
+"""Safetensors files larger than memory: tensors that are read, changed and written one after another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .atomic import replacing
+
+# The types that weights are stored in, by the names that the command line takes.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+# All types, by their names in a safetensors header.
+HEADER_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in HEADER_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is not in memory: ``load`` makes it, of this shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
+        """What ``change`` makes of it; its shape and type are found out on the meta device, without data."""
+        result = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return LazyTensor(tuple(result.shape), result.dtype, lambda: change(self.load()))
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        return self if dtype == self.dtype else self.map(lambda tensor: tensor.to(dtype))
+
+
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file by name, none of them read. ValueError for what is no such file."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a safetensors file: {error}") from None
+    found = {}
+    for name in file.keys():  # noqa: SIM118  # not a dict
+        part = file.get_slice(name)
+        found[name] = LazyTensor(
+            tuple(part.get_shape()), HEADER_DTYPES[part.get_dtype()], partial(file.get_tensor, name)
+        )
+    return found
+
+
+HASH_KEY = "modelspec.hash_sha256"  # of everything after the header, as the model metadata standard defines it
+NO_HASH = "0x" + "0" * 64
+
+
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file with one tensor in memory at a time; the same input gives the same bytes.
+
+    The hash of the data is put into the metadata.
+    """
+    facts = {"format": "pt", HASH_KEY: NO_HASH} | dict(metadata)
+    header: dict[str, object] = {"__metadata__": dict(sorted(facts.items()))}
+    offset = 0
+    # The widest types first, as the format's own writer does, so that every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        digest = hashlib.sha256()
+        for name in names:
+            data = tensors[name].load().detach().cpu().contiguous()
+            assert (tuple(data.shape), data.dtype) == (tensors[name].shape, tensors[name].dtype), name
+            content = data.reshape(-1).view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+        file.seek(8)
+        file.write(text.replace(NO_HASH.encode(), f"0x{digest.hexdigest()}".encode(), 1))

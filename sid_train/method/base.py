@@ -1,0 +1,110 @@
+"""What a distillation method is to the loop that runs it: SiD is one, a baseline is one more file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.noise_schedule import NoiseSchedule
+from ..core.rng import BatchRNG
+from ..models.conditioning import Conditioning, RealBatch
+from ..models.denoiser import Denoiser, Network
+from .config import GANConfig, MethodConfig
+
+Losses = dict[str, Tensor]
+"""Scalar parts of one loss by name; their sum is what is minimised."""
+
+
+@dataclass
+class Batch:
+    """What a loss is computed on: prompts, and real pictures where an update asked for them."""
+
+    cond: Conditioning
+    real: RealBatch | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of an iteration.
+
+    network: the role of the network that it changes
+    loss: of one micro-batch, with gradient
+    wants_real: whether its batches need real pictures
+    """
+
+    network: str
+    loss: Callable[[Batch, BatchRNG], Losses]
+    wants_real: bool = False
+
+    @property
+    def name(self) -> str:
+        """For logs, errors and plans."""
+        return self.network.replace("_", " ")
+
+
+class TrainingSettings(Protocol):
+    """What a method reads of the loop's configuration."""
+
+    @property
+    def fake_score_updates(self) -> int: ...
+
+
+class MethodSettings(Protocol):
+    """What a method reads of a run's configuration."""
+
+    @property
+    def method(self) -> MethodConfig: ...
+
+    @property
+    def gan(self) -> GANConfig: ...
+
+    @property
+    def training(self) -> TrainingSettings: ...
+
+
+@dataclass
+class Setting:
+    """What a method is built from.
+
+    networks: by role, as they are called with gradients for themselves: those that it trains, and the teacher
+    unwrapped: the same networks without a data-parallel wrapper, for gradients that only pass through
+    generator_ema: the generator's running average
+    unconditional: the embedding of no text, a single row
+    latent_shape: channels, height, width
+    """
+
+    networks: Mapping[str, Network]
+    unwrapped: Mapping[str, Denoiser]
+    generator_ema: Denoiser
+    schedule: NoiseSchedule
+    unconditional: Conditioning
+    latent_shape: tuple[int, ...]
+    config: MethodSettings
+
+
+class Method(ABC):
+    """A distillation method: which networks it trains, and the updates of an iteration. It knows no ranks, optimizers
+    or files.
+
+    trained: the roles of its trained networks; ``generator`` is one of them, and each starts as a copy of the teacher
+    """
+
+    trained: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, setting: Setting) -> Method:
+        """The method over a run's networks."""
+
+    @abstractmethod
+    def draw_step(self, rng: torch.Generator) -> int:
+        """The step k in 1..K of the chain that an iteration works on; ``rng`` is the same on all ranks."""
+
+    @abstractmethod
+    def updates(self, step: int, images_seen: int) -> list[Update]:
+        """The updates of an iteration, in order. ``images_seen``: those of the iterations before it."""

@@ -1,0 +1,87 @@
+"""The configuration of a distillation method: torch and the standard library only, since ComfyUI reads it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core.sampling import NOISE_MODES, NoiseMode
+from ..core.timesteps import timestep_ladder
+from .guidance import GuidanceStrategy
+from .losses import SID_WEIGHTINGS, SiDWeighting
+
+
+@dataclass
+class MethodConfig:
+    """What is distilled, and how."""
+
+    kind: str = "sid"
+    """The distillation method: sid, Score identity Distillation."""
+    steps: int = 4
+    """Network calls of the generator, 1 to 8."""
+    t_init: int = 625
+    """Timestep of the first step; 625 in the paper, 999 in DMD2 and SiD-DiT."""
+    noise_mode: NoiseMode = "fresh"
+    """Noise of the steps after the first: fresh, fixed or ddim."""
+    matching: Literal["uniform", "final"] = "uniform"
+    """uniform: the loss sits on a random step's output (the paper); final: on the last, through the whole chain."""
+    guidance: str = "none"
+    """none, lsg=SCALE, zero-cfg, anti-cfg=NEGATIVE_SCALE or custom=FAKE_TRAIN,FAKE_EVAL,TEACHER."""
+    alpha: float = 1.0
+    """Weight of the explicit score difference in the generator loss; 1 (SiD-LSG, SiD-DiT) or 1.2 (SiD, SiDA)."""
+    weighting: SiDWeighting = "l1"
+    """Per-sample weight of the generator loss: l1, one_minus_sigma or uniform."""
+    t_min: int = 20
+    """Lowest timestep at which the scores are compared."""
+    t_max: int = 980
+    """Timesteps stay below this one."""
+    prompt_dropout: float = 0.1
+    """Share of prompts dropped in the fake score's update, where its unconditional score is needed too."""
+    prompt_dropout_in: Literal["generator", "fake_score"] = "generator"
+    """generator: dropped before generating (the authors); fake_score: only where the fake score learns."""
+
+    def __post_init__(self) -> None:
+        timestep_ladder(self.steps, self.t_init)
+        _ = self.strategy  # parses it
+        for name, value, allowed in (
+            ("noise_mode", self.noise_mode, NOISE_MODES),
+            ("matching", self.matching, ("uniform", "final")),
+            ("weighting", self.weighting, SID_WEIGHTINGS),
+            ("prompt_dropout_in", self.prompt_dropout_in, ("generator", "fake_score")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"method.{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        if not 0 <= self.t_min < self.t_max <= 1000:
+            raise ValueError(
+                f"method.t_min, method.t_max: expected 0 <= t_min < t_max <= 1000, got {self.t_min}, {self.t_max}"
+            )
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"method.prompt_dropout: expected 0 to below 1, got {self.prompt_dropout}")
+
+    @property
+    def strategy(self) -> GuidanceStrategy:
+        """``guidance`` as scales."""
+        return GuidanceStrategy.parse(self.guidance)
+
+
+@dataclass
+class GANConfig:
+    """The Diffusion-GAN branch (SiDa), which needs real pairs. Weights are relative to ``sum`` losses over a latent."""
+
+    generator_weight: float = 0.0
+    """Weight of the generator's GAN loss, beside sid_weight; 0 turns the branch off."""
+    sid_weight: float = 1.0
+    """Weight of the SiD loss while the branch is on; generator_weight : sid_weight is 1 : 100 in SiD-DiT."""
+    discriminator_weight: float = 1.0
+    """Weight of the discriminator's loss, times C*H*W (SiD-DiT), beside the fake score's denoising loss."""
+    start_images: int = 0
+    """No GAN term before this many images were generated."""
+
+    def __post_init__(self) -> None:
+        for name in ("generator_weight", "sid_weight", "discriminator_weight", "start_images"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"gan.{name}: expected 0 or more, got {getattr(self, name)}")
+
+    @property
+    def enabled(self) -> bool:
+        return self.generator_weight > 0

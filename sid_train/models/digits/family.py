@@ -1,0 +1,27 @@
+"""The demo's digits as a model family: a model, prompts and pairs that need no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..bundle import ModelBundle
+from ..conditioning import PairSource
+from ..family import ModelFamily
+from .data import TRAINING_SUBJECTS, DigitPairs
+from .model import ARCHITECTURE, TEACHER_FILE, DigitsModel, open_digits
+
+
+class DigitsFamily(ModelFamily):
+    """Files with a UNet and a text encoder; ``demo`` is the embedded teacher."""
+
+    architecture = ARCHITECTURE
+    word = "demo"
+
+    def open(self, source: str) -> DigitsModel:
+        return open_digits(TEACHER_FILE if source == self.word else Path(source))
+
+    def prompts(self) -> list[str]:
+        return [subject.prompt for subject in TRAINING_SUBJECTS]
+
+    def pairs(self, model: ModelBundle) -> PairSource:
+        return DigitPairs(model.codec, model.conditioner)

@@ -1,0 +1,195 @@
+"""What the rest of the trainer needs to know of a kind of model. ``families`` lists the kinds that there are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.recipe import SiDRecipe, split_architecture
+from ..files.atomic import replacing
+from ..files.hashing import file_sha256
+from ..files.tensors import DTYPES, LazyTensor
+from .adapters import Adapter, lora_difference
+from .bundle import ModelBundle, ModelShapes
+from .conditioning import PairSource
+
+Tensors = Mapping[str, LazyTensor]
+Hash = Callable[[Path], str]
+"""SHA-256 of a file, hex."""
+
+
+@dataclass(kw_only=True)
+class OpenedModel(ABC):
+    """A model of which only headers and configurations were read.
+
+    architecture: what ``modelspec.architecture`` calls it
+    prefix: of the network's tensors in the state of its ``Denoiser``, and in the files of ``ModelFamily.export``
+    name: for people
+    tensors: of the network
+    weights: the file they are in, by whose SHA-256 runs and caches know the model
+    rest: what else its file holds, by its names there
+    recipe: how to sample it, where it is a SiD generator
+    """
+
+    architecture: ClassVar[str]
+    prefix: ClassVar[str] = "unet."
+
+    name: str
+    tensors: Tensors
+    weights: Path
+    rest: Tensors = field(default_factory=dict)
+    recipe: SiDRecipe | None = None
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None, resolution: int = 0, sha256: Hash = file_sha256) -> ModelBundle:
+        """The model on the CPU, its network in ``dtype``; None leaves the network out where it is large (on the meta
+        device).
+
+        resolution: of the square pictures, in pixels; 0 is the model's own
+        """
+
+    def with_tensors(self, tensors: Tensors) -> OpenedModel:
+        """The same model with another network."""
+        return replace(self, tensors=tensors)
+
+    def read_lora(self, path: Path) -> Adapter:
+        """A LoRA file for this model's network."""
+        raise ValueError(f"{path}: LoRAs for {self.architecture} are not read")
+
+
+@dataclass
+class Generator:
+    """A distilled generator that is not in memory.
+
+    model: what it was distilled from, or the file that it is in
+    tensors: of its network, an adapter not included
+    adapter: a LoRA to go on top of ``tensors``, where it was distilled as one
+    """
+
+    model: OpenedModel
+    recipe: SiDRecipe
+    tensors: Tensors
+    adapter: Adapter | None = None
+
+    def merged(self) -> Tensors:
+        """The network with its adapter, fp32 where the adapter changes it."""
+        return merge_lora(self.tensors, self.adapter) if self.adapter else self.tensors
+
+    def load(self, resolution: int = 0) -> ModelBundle:
+        """The generator in fp32 on the CPU, for pictures of the size that it was trained for if none is given."""
+        model = self.model.with_tensors(self.merged())
+        bundle = model.load(torch.float32, resolution or self.recipe.training_resolution[0])
+        return replace(bundle, recipe=self.recipe)
+
+
+def merge_lora(network: Tensors, adapter: Adapter) -> Tensors:
+    """``network`` with ``up @ down`` added to the weights of the adapter's modules; ValueError if one is not there."""
+    merged = dict(network)
+    for module, factors in adapter.items():
+        name = f"{module}.weight"
+        if name not in merged:
+            raise ValueError(f"LoRA module {module}: expected a module of this UNet, which has none of that name")
+        merged[name] = _added(merged[name], factors)
+    return merged
+
+
+def _added(weight: LazyTensor, factors: tuple[Tensor, Tensor, float]) -> LazyTensor:
+    return LazyTensor(weight.shape, torch.float32, lambda: weight.load().float() + lora_difference(*factors))
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a generator is to be written.
+
+    format: one of the family's ``export_formats``; empty for its default
+    vae: a VAE's file to put in instead of the model's own
+    rank, energy: of a LoRA that is extracted from a whole network: one of the two
+    base: the model that such a LoRA is extracted against
+    """
+
+    format: str = ""
+    dtype: str = "fp16"
+    vae: Path | None = None
+    rank: int = 0
+    energy: float = 0
+    base: OpenedModel | None = None
+
+
+class ModelFamily(ABC):
+    """A kind of model: how its files are opened, what shapes it has, and what is written of its generators.
+
+    What is not abstract here is for small models, which are opened whole and kept in one file; SDXL replaces it.
+
+    architecture: what ``modelspec.architecture`` calls it
+    word: a model that this family ships, as the configuration names it; empty where it ships none
+    export_formats: what ``export`` writes, the format of a whole generator first
+    """
+
+    architecture: ClassVar[str]
+    word: ClassVar[str] = ""
+    export_formats: ClassVar[tuple[str, ...]] = ("checkpoint",)
+
+    def opens(self, source: str, metadata: Mapping[str, str]) -> bool:
+        """Whether ``source``, whose safetensors header has ``metadata``, is for this family to open."""
+        named, _ = split_architecture(metadata.get("modelspec.architecture", ""))
+        return named == self.architecture or (bool(self.word) and source == self.word)
+
+    def check_resolution(self, resolution: int) -> None:
+        """ValueError for a size of square pictures, in pixels, that the family's models do not make; 0 is their own."""
+        return
+
+    @abstractmethod
+    def open(self, source: str) -> OpenedModel:
+        """The model in a file or folder, or under the family's own word. ValueError for what is none of this family."""
+
+    def shapes(self, source: str, resolution: int) -> ModelShapes:
+        """The model's shapes; those of a family's base model where ``source`` is not here, if it has one."""
+        model = self.open(source)
+        bundle = model.load(torch.float32, resolution)
+        prompt = bundle.conditioner.encode([""])
+        return ModelShapes(
+            name=bundle.name,
+            denoiser=bundle.denoiser.to("meta"),
+            latent_shape=bundle.latent_shape,
+            conditioning={name: tuple(tensor.shape[1:]) for name, tensor in prompt.tensors.items()},
+            text_parameters=sum(torch.Size(tensor.shape).numel() for tensor in model.rest.values()),
+            vae=None,
+        )
+
+    def open_generator(self, path: Path, recipe: SiDRecipe, base: str | None) -> Generator:
+        """A generator's file with a recipe. ``base`` is what a LoRA belongs on, or what has the parts that it lacks."""
+        if base is not None:
+            raise ValueError(f"--base: {path} is a whole {self.architecture} generator, which needs none")
+        model = self.open(str(path))
+        return Generator(model, recipe, model.tensors)
+
+    def export(self, generator: Generator, path: Path, options: ExportOptions) -> list[str]:
+        """Writes ``generator`` to ``path``; returns what the user should know."""
+        foreign = options.base is not None and options.base is not generator.model
+        if options.dtype == "fp8" or foreign or options.vae or options.rank or options.energy:
+            raise ValueError(
+                f"export: generators of {self.architecture} are written as a checkpoint in fp16, bf16 or fp32 only"
+            )
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: expected a name that ends in .safetensors")
+        model, dtype = generator.model, DTYPES[options.dtype]
+        tensors = {model.prefix + name: tensor for name, tensor in generator.merged().items()}
+        stored = {name: tensor.load().to(dtype).contiguous() for name, tensor in {**tensors, **model.rest}.items()}
+        with replacing(path) as temporary:
+            save_file(stored, temporary, generator.recipe.to_metadata())
+        return []
+
+    def prompts(self) -> list[str]:
+        """Those that the shipped model is distilled with."""
+        raise NotImplementedError
+
+    def pairs(self, model: ModelBundle) -> PairSource:
+        """The real pairs that the shipped model is distilled with."""
+        raise NotImplementedError

@@ -1,0 +1,215 @@
+"""Distilled SDXL generators as the files that ComfyUI, diffusers and other tools load.
+
+Everything is read, changed and written one tensor after another: no file is ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe, read_safetensors_metadata
+from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
+from ..adapters import Adapter
+from ..family import ExportOptions, Generator
+from .keys import UNET, VAE, rename, unet_modules
+from .lora import ALPHA, DOWN, UP, extract_lora, kohya_modules
+from .parts import MARKERS, REST, SDXLParts, load_vae, open_sdxl, vae_tensors
+
+FORMATS = ("checkpoint", "unet", "lora", "diffusers")
+
+
+# -- where a generator comes from --------------------------------------------------------------------------------------
+
+
+def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) -> Generator:
+    """An exported file: a checkpoint, a UNet, or a LoRA, which needs its ``base``.
+
+    ``base`` also has text encoders and VAE for a file without them.
+    """
+    if any(name.startswith("lora_unet_") for name in open_tensors(path)):
+        if base is None:
+            raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
+        parts, recipe = open_sdxl(base), replace(recipe, architecture=SDXL_ARCHITECTURE)
+        return Generator(parts, recipe, parts.tensors, parts.read_lora(path))
+    parts = open_sdxl(str(path))
+    if base is not None:
+        other = open_sdxl(base)
+        parts = replace(parts, load_text=other.load_text, load_vae=other.load_vae, load_rest=other.load_rest)
+    return Generator(parts, recipe, parts.tensors)
+
+
+def parts_of(generator: Generator) -> SDXLParts:
+    assert isinstance(generator.model, SDXLParts)
+    return generator.model
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def export(generator: Generator, path: Path, options: ExportOptions) -> list[str]:
+    """Writes ``generator`` to ``path`` in one of ``FORMATS``; returns what the user should know."""
+    format_, dtype = options.format, DTYPES[options.dtype]
+    if format_ == "diffusers":
+        if options.dtype == "fp8":
+            raise ValueError("--dtype: diffusers reads fp16, bf16 and fp32, not fp8")
+    elif path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    if options.vae is not None and format_ in ("unet", "lora"):
+        raise ValueError(f"--vae: the format {format_} holds none")
+    if (options.rank or options.energy) and (format_ != "lora" or generator.adapter):
+        raise ValueError("--rank, --energy: only for a LoRA that is extracted from a whole UNet")
+    if format_ == "lora":
+        notes: list[str] = []
+        adapter = generator.adapter
+        if adapter is None:
+            if options.base is None:
+                raise ValueError("--base: expected the model that a LoRA is to be extracted against")
+            adapter, notes = extract_lora(generator.tensors, options.base.tensors, options.rank, options.energy)
+        export_lora(path, generator, adapter, dtype)
+        return notes
+    if format_ == "unet":
+        export_unet(path, generator, dtype)
+    elif format_ == "checkpoint":
+        export_checkpoint(path, generator, dtype, options.vae)
+    else:
+        export_diffusers(path, generator, dtype, options.vae)
+    return []
+
+
+def export_unet(path: Path, generator: Generator, dtype: torch.dtype) -> None:
+    """The UNet alone with bare ldm names: ComfyUI loses ``v_pred`` and ``ztsnr`` under a prefix."""
+    write_tensors(
+        path, _unet_tensors(generator, dtype, "") | _markers(generator.recipe), generator.recipe.to_metadata()
+    )
+
+
+def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
+    """UNet, text encoders and VAE in one file. What is not the UNet keeps its type, fp32 becoming fp16 unless ``dtype``
+    is fp32: as SDXL's own files are stored.
+    """
+    rest = _rest(generator, dtype, vae)
+    tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator.recipe)
+    write_tensors(path, tensors, generator.recipe.to_metadata())
+
+
+def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch.dtype) -> None:
+    """An adapter with kohya's names, which ComfyUI, diffusers and the web UIs read."""
+    if dtype == torch.float8_e4m3fn:
+        raise ValueError("--dtype: a LoRA is stored in fp16, bf16 or fp32, not fp8")
+    names = kohya_modules(parts_of(generator).tensors, parts_of(generator).unet_config)
+    tensors = {}
+    for module, (down, up, alpha) in adapter.items():
+        if up.ndim < down.ndim:  # a convolution's second factor is 1x1
+            up = up.reshape(*up.shape, 1, 1)
+        tensors[names[module] + DOWN] = LazyTensor.of(down.to(dtype))
+        tensors[names[module] + UP] = LazyTensor.of(up.to(dtype))
+        tensors[names[module] + ALPHA] = LazyTensor.of(torch.tensor(alpha, dtype=dtype))
+    ranks = sorted({len(down) for down, _, _ in adapter.values()})
+    rank = str(ranks[-1]) if len(ranks) == 1 else "Dynamic"
+    about = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_base_model_version": "sdxl_base_v1-0",
+    }
+    metadata = generator.recipe.to_metadata() | about
+    metadata["modelspec.architecture"] += LORA_SUFFIX
+    write_tensors(path, tensors, metadata)
+
+
+def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
+    """A folder that diffusers' ``StableDiffusionXLPipeline.from_pretrained`` reads, the recipe in its UNet's file."""
+    from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    if path.exists():
+        raise ValueError(f"{path}: expected a folder that does not exist yet")
+    parts, recipe = parts_of(generator), generator.recipe
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        text = parts.load_text()
+        kept = dtype if dtype != torch.bfloat16 else torch.float16
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**parts.unet_config)
+        pipeline = StableDiffusionXLPipeline(
+            vae=(parts.load_vae() if vae is None else load_vae(vae)).to(kept),
+            text_encoder=text.clip_l.to(kept),
+            text_encoder_2=text.clip_g.to(kept),
+            tokenizer=text.tokenizers[0],
+            tokenizer_2=text.tokenizers[1],
+            unet=None,
+            scheduler=DDPMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type=recipe.prediction_type,
+                rescale_betas_zero_snr=recipe.zero_terminal_snr,
+                timestep_spacing="trailing",
+                clip_sample=False,
+            ),
+        )
+        pipeline.save_pretrained(folder)
+        unet.save_config(folder / "unet")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["unet"] = ["diffusers", "UNet2DConditionModel"]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        tensors = {name: tensor.to(dtype) for name, tensor in generator.merged().items()}
+        write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, recipe.to_metadata())
+        folder.chmod(0o755)
+        folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unet_tensors(generator: Generator, dtype: torch.dtype, prefix: str) -> dict[str, LazyTensor]:
+    unet = generator.merged()
+    names = rename(unet, unet_modules(parts_of(generator).unet_config))
+    return {prefix + names[name]: tensor.to(_stored(tensor, dtype)) for name, tensor in unet.items()}
+
+
+def _stored(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
+    """fp8 is for matrices and kernels alone; norms and biases need fp16."""
+    return torch.float16 if dtype == torch.float8_e4m3fn and len(tensor.shape) < 2 else dtype
+
+
+def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[str, LazyTensor]:
+    rest = parts_of(generator).load_rest()
+    if vae is not None:
+        rest = {k: t for k, t in rest.items() if not k.startswith(VAE)} | vae_tensors(vae)
+    missing = [prefix for prefix in REST if not any(name.startswith(prefix) for name in rest)]
+    if missing:
+        raise ValueError(
+            f"checkpoint: expected text encoders (conditioner.*) and a VAE (first_stage_model.*), but {missing[0]}* is "
+            "missing in the model's file: give a whole checkpoint as --base, or --vae, or export --format unet"
+        )
+    shrink = dtype != torch.float32
+    return {k: t.to(torch.float16) if shrink and t.dtype == torch.float32 else t for k, t in rest.items()}
+
+
+def _markers(recipe: SiDRecipe) -> dict[str, LazyTensor]:
+    """The empty tensors by which ComfyUI knows a v-prediction model and a zero-terminal-SNR schedule."""
+    wanted = (recipe.prediction_type == "v_prediction", recipe.zero_terminal_snr)
+    return {name: LazyTensor.of(torch.zeros(0)) for name, is_so in zip(MARKERS, wanted, strict=True) if is_so}
+
+
+def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> SiDRecipe:
+    """A UNet without a recipe, with diffusers' names (as DMD2 publishes) or ldm's, as a UNet file with ``recipe``."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    if has_recipe(read_safetensors_metadata(source)):
+        raise ValueError(f"{source}: it carries a recipe already; python -m sid_train inspect shows it")
+    parts = open_sdxl(str(source))
+    recipe = replace(
+        recipe,
+        prediction_type=parts.prediction_type,
+        zero_terminal_snr=parts.zero_terminal_snr,
+        title=source.stem,
+    )
+    export_unet(path, Generator(parts, recipe, parts.tensors), DTYPES[dtype])
+    return recipe

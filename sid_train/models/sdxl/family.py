@@ -1,0 +1,94 @@
+"""SDXL and its fine-tunes as a model family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from ...core.noise_schedule import VPSchedule
+from ...core.recipe import SDXL_ARCHITECTURE, SiDRecipe
+from ...files.tensors import LazyTensor, open_tensors
+from ..bundle import ModelShapes, count_parameters
+from ..family import ExportOptions, Generator, ModelFamily
+from ..unet import UNetDenoiser
+from .base import sdxl_text_encoders, sdxl_unet, sdxl_vae
+from .export import FORMATS, export, open_sdxl_generator
+from .keys import CLIP_G, CLIP_L, VAE, vae_config
+from .parts import RESOLUTION, SDXLParts, build_unet, check_resolution, open_sdxl
+from .text import MAX_TOKENS
+
+
+class SDXLFamily(ModelFamily):
+    """Single files with ldm names, diffusers folders and hub ids."""
+
+    architecture = SDXL_ARCHITECTURE
+    export_formats = FORMATS
+
+    def opens(self, source: str, metadata: Mapping[str, str]) -> bool:
+        """Always: few files say what they are, and ``open`` refuses other models by name."""
+        return True
+
+    def check_resolution(self, resolution: int) -> None:
+        check_resolution(resolution)
+
+    def open(self, source: str) -> SDXLParts:
+        return open_sdxl(source)
+
+    def shapes(self, source: str, resolution: int) -> ModelShapes:
+        """Read from headers; SDXL base's where there is no such file or folder here."""
+        check_resolution(resolution)
+        path = Path(source)
+        if not path.exists():
+            text = sum(map(count_parameters, sdxl_text_encoders()))
+            name = f"SDXL base (there is no {source} here to read the shapes of)"
+            return _shapes(name, sdxl_unet(), resolution, text, sdxl_vae())
+        parts = open_sdxl(source)
+        text, vae = (_rest_of_folder if path.is_dir() else _rest_of_file)(path)
+        unet = build_unet(parts.unet_config, parts.tensors, None)
+        return _shapes(f"{parts.name}, read from {source}", unet, resolution, text, vae)
+
+    def open_generator(self, path: Path, recipe: SiDRecipe, base: str | None) -> Generator:
+        return open_sdxl_generator(path, recipe, base)
+
+    def export(self, generator: Generator, path: Path, options: ExportOptions) -> list[str]:
+        return export(generator, path, options)
+
+
+def _shapes(
+    name: str, unet: UNet2DConditionModel, resolution: int, text_parameters: int, vae: AutoencoderKL | None
+) -> ModelShapes:
+    size = (resolution or RESOLUTION) // 8
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return ModelShapes(
+        name=name,
+        denoiser=UNetDenoiser(unet, VPSchedule.sdxl()),
+        latent_shape=(config.in_channels, size, size),
+        conditioning={"text": (MAX_TOKENS, config.cross_attention_dim), "pooled": (pooled,), "time_ids": (6,)},
+        text_parameters=text_parameters,
+        vae=vae,
+    )
+
+
+def _rest_of_file(path: Path) -> tuple[int, AutoencoderKL | None]:
+    """The parameters of the text encoders, and the VAE."""
+    tensors = open_tensors(path)
+    vae = {name.removeprefix(VAE): tensor.shape for name, tensor in tensors.items() if name.startswith(VAE)}
+    text = _elements({name: tensor for name, tensor in tensors.items() if name.startswith((CLIP_L, CLIP_G))})
+    with torch.device("meta"):
+        return text, AutoencoderKL(**vae_config(vae)) if vae else None
+
+
+def _rest_of_folder(folder: Path) -> tuple[int, AutoencoderKL | None]:
+    text = sum(_elements(open_tensors(f)) for f in sorted(folder.glob("text_encoder*/model.safetensors")))
+    config = folder / "vae" / "config.json"
+    with torch.device("meta"):
+        return text, AutoencoderKL.from_config(json.loads(config.read_text())) if config.is_file() else None
+
+
+def _elements(tensors: Mapping[str, LazyTensor]) -> int:
+    return sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())

@@ -1,0 +1,153 @@
+"""Everything that knows about ranks; accelerate does the work, and ``sharding`` where networks are sharded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, set_seed
+from torch import Tensor, nn
+
+from ..config import TrainingConfig
+from ..core.rng import BatchRNG
+from ..models.denoiser import Denoiser
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of torchrun's that may print, before there is an Accelerator."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+    """This run's view of the processes. Trackers write into ``folder``."""
+    # A process may make several runs; accelerate keeps one state a process, and refuses another precision in it.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision=training.mixed_precision,
+        log_with=None if training.tracker == "none" else training.tracker,
+        project_dir=str(folder),
+    )
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """ValueError where torchrun started processes that would each train alone."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes < started:
+        raise ValueError(
+            f"torchrun started {started} processes, which would each train alone: accelerate finds no CUDA device for "
+            "them. To train on a CPU, set ACCELERATE_USE_CPU=true"
+        )
+
+
+def micro_batch_size(accelerator: Accelerator, training: TrainingConfig) -> int:
+    """Images in a pass. ValueError for a batch that cannot be divided."""
+    parts = accelerator.num_processes * training.accumulate
+    if training.batch_size % parts:
+        raise ValueError(
+            f"training.batch_size: expected a multiple of {accelerator.num_processes} process(es) times "
+            f"{training.accumulate} micro-batch(es), got {training.batch_size}"
+        )
+    return training.batch_size // parts
+
+
+def is_sharded(accelerator: Accelerator, training: TrainingConfig) -> bool:
+    """Whether networks are sharded: one process keeps them whole."""
+    return training.sharding == "full" and accelerator.num_processes > 1
+
+
+# -- random numbers ------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    set_seed(seed)
+
+
+def step_generator(seed: int) -> torch.Generator:
+    """A CPU generator, the same on every rank, for what a whole iteration shares."""
+    return torch.Generator().manual_seed(seed * 10_007)
+
+
+def batch_generator(accelerator: Accelerator, seed: int) -> torch.Generator:
+    """A generator on this rank's device, in the same state on every rank, for what is drawn a sample."""
+    return torch.Generator(accelerator.device).manual_seed(seed * 10_007 + 1)
+
+
+def batch_parts(accelerator: Accelerator, generator: torch.Generator, micro_batches: int) -> Iterator[BatchRNG]:
+    """The draws for this rank's part of each micro-batch. Every part draws for the whole batch, from the same state."""
+    ranks, state = accelerator.num_processes, generator.get_state()
+    for micro_batch in range(micro_batches):
+        generator.set_state(state)
+        yield BatchRNG(generator, micro_batch * ranks + accelerator.process_index, micro_batches * ranks)
+
+
+# -- networks ------------------------------------------------------------------------------------------------------
+
+
+def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[Denoiser], object]:
+    """What puts a network where it computes: on this rank's device, whole or this rank's part of it."""
+    if not is_sharded(accelerator, training):
+        return lambda network: network.to(accelerator.device)
+    # Not every build of PyTorch has these.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from .sharding import shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    compute_dtype = torch.bfloat16 if training.mixed_precision == "bf16" else None
+    return lambda network: shard(network, mesh, compute_dtype)
+
+
+def autocast(accelerator: Accelerator, training: TrainingConfig) -> AbstractContextManager:
+    """Around forward passes. Sharded networks compute in their own dtype instead."""
+    return nullcontext() if is_sharded(accelerator, training) else accelerator.autocast()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def reducing_gradients(accelerator: Accelerator, network: nn.Module, last: bool) -> AbstractContextManager:
+    """Around the passes of a micro-batch: ranks average their gradients in the ``last`` backward pass of an update."""
+    set_sync = getattr(network, "set_requires_gradient_sync", None)
+    if set_sync is not None:  # a sharded network
+        set_sync(last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(network)
+
+
+# -- agreement -----------------------------------------------------------------------------------------------------
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one rank; every rank must call it."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0)
+
+
+def on_every_rank(accelerator: Accelerator, value: int) -> list[int]:
+    """``value`` of each rank; every rank must call it."""
+    if accelerator.num_processes == 1:
+        return [value]
+    return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
+
+
+def first_rank_says(accelerator: Accelerator, compute: Callable[[], str]) -> str:
+    """What ``compute`` gives on the first rank, on every rank; every rank must call it."""
+    value = [compute() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(value)
+    return str(value[0])
+
+
+def mean_over_ranks(accelerator: Accelerator, values: list[Tensor]) -> list[float]:
+    """The mean of each scalar: not finite on every rank if it is not on one. All ranks must call it, with as many."""
+    own = torch.stack([value.float() for value in values])
+    return accelerator.reduce(own, "mean").tolist() if accelerator.num_processes > 1 else own.tolist()

@@ -1,0 +1,240 @@
+"""The loop that composes everything: an iteration is the updates of the method, one after another."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+from torch import Tensor
+
+from ..config import Config
+from ..core.recipe import SiDRecipe
+from ..errors import Interrupted, NonFiniteError
+from ..models.conditioning import Conditioning
+from ..models.networks import EMA as AVERAGE
+from ..sample import sample_latents
+from .callbacks import Callback, Progress, log_image
+from .checkpoint import (
+    Facts,
+    Generators,
+    Networks,
+    Optimizers,
+    load_checkpoint,
+    read_facts,
+    save_checkpoint,
+    save_sharded_checkpoint,
+)
+from .distributed import (
+    any_rank,
+    batch_generator,
+    check_processes,
+    first_rank_says,
+    make_accelerator,
+    micro_batch_size,
+    on_every_rank,
+    seed_everything,
+    step_generator,
+)
+from .run import RunFolder, make_recipe, require_same_teacher
+from .setup import learning_rate, set_up
+from .update import RankPasses, run_update
+
+
+class Trainer:
+    """One run in one folder. Creating it in a folder that holds a checkpoint continues that run."""
+
+    def __init__(self, config: Config, run_dir: Path, callbacks: list[Callback] | None = None):
+        training = config.training
+        self.config, self.folder = config, RunFolder(run_dir)
+        self.folder.require_config(config)
+        seed_everything(training.seed)
+        self.accelerator = make_accelerator(training, run_dir)
+        check_processes(self.accelerator)
+        micro_batch_size(self.accelerator, training)  # refuses one that cannot be, before anything large is read
+        parts = set_up(config, self.accelerator, self._sha256)
+        self.bundle, self.method, self.ema = parts.bundle, parts.method, parts.ema
+        self.networks, self.optimizers, self.teacher = parts.networks, parts.optimizers, parts.teacher
+        self.prompts = parts.prompts
+        self.step_rng = step_generator(training.seed)
+        self.rng = batch_generator(self.accelerator, training.seed)
+        self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng)
+        self.iteration = 0  # finished ones
+        self.images_seen = 0  # drawn for the fake score, over all ranks
+        self._continue_or_claim(parts.model.weights)
+        every = [Progress(training.log_every), *(callbacks or [])]
+        self.callbacks = [c for c in every if c.every_rank or self.is_main_process]
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end. Ctrl-C and SIGTERM save first and raise Interrupted."""
+        if not self.is_main_process:
+            return self._run()
+        with self.folder.locked():
+            return self._run()
+
+    def _run(self) -> None:
+        training = self.config.training
+        if training.tracker != "none":
+            self.accelerator.init_trackers(training.tracker)
+        last_save = self.iteration
+        for callback in self.callbacks:
+            callback.on_start(self)
+        with _StopOnSignal() as stop:
+            while self.iteration < training.iterations:
+                losses = self.train_iteration()
+                self.iteration += 1
+                # On disk before anything counts on it: its score, and a checkpoint that a run continues from.
+                if training.snapshot_every and self.iteration % training.snapshot_every == 0:
+                    self._save_snapshot()
+                for callback in self.callbacks:
+                    callback.on_iteration(self, losses)
+                stopping = any_rank(self.accelerator, stop.requested)
+                done = self.iteration == training.iterations
+                if stopping or done or self.iteration - last_save >= training.checkpoint_every:
+                    self.save()
+                    last_save = self.iteration
+                if stopping:
+                    self._tell_end()
+                    raise Interrupted(f"stopped and saved after iteration {self.iteration} of {training.iterations}")
+        self._tell_end()
+        if training.tracker != "none":
+            self.accelerator.end_training()
+
+    def train_iteration(self, step: int | None = None) -> dict[str, float]:
+        """One iteration of the method; the means of its losses, for the log. ``step``: instead of a drawn one."""
+        training, clip_norm = self.config.training, self.config.optimizer.clip_norm
+        self._set_learning_rates()
+        drawn = self.method.draw_step(self.step_rng)
+        updates = self.method.updates(step or drawn, self.images_seen)
+        self.images_seen += training.batch_size * training.fake_score_updates
+        logged: dict[str, float] = {}
+        for update in updates:
+            if update.network == "generator" and self.images_seen <= training.generator_start_images:
+                continue
+            network, optimizer = self.networks[update.network], self.optimizers[update.network]
+            try:
+                losses = run_update(update, network, optimizer, self.passes, clip_norm)
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"iteration {self.iteration + 1}: {error}. No weight was changed by it; the last checkpoint is in "
+                    f"{self.folder.path}. Lower the learning rates or set optimizer.clip_norm."
+                ) from None
+            logged |= losses
+            if update.network == "generator":
+                self.ema.update(self.accelerator.unwrap_model(network), self.images_seen, training.batch_size)
+        return logged
+
+    def _set_learning_rates(self) -> None:
+        optimizer, total = self.config.optimizer, self.config.training.iterations
+        factor = min(1.0, (self.iteration + 1) / optimizer.warmup) if optimizer.warmup else 1.0
+        if optimizer.cooldown:
+            factor *= min(1.0, (total - self.iteration) / (optimizer.cooldown * total))
+        for role, adam in self.optimizers.items():
+            for group in adam.param_groups:
+                group["lr"] = learning_rate(optimizer, role) * factor
+
+    def _tell_end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    # -- what callbacks ask (``callbacks.Run``) ------------------------------------------------------------------
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def sample(self, cond: Conditioning, seed: int) -> Tensor:
+        cond = cond.to(self.accelerator.device)
+        return sample_latents(self.ema.average, cond, self.bundle.latent_shape, self.recipe(), seed)
+
+    def track(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.iteration)
+
+    def track_image(self, name: str, image: Tensor) -> None:
+        log_image(self.accelerator, name, image, self.iteration)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> SiDRecipe:
+        """The recipe of the generator as it is now."""
+        return make_recipe(self.config, self.bundle, self.iteration, self.images_seen)
+
+    def save(self) -> None:
+        """Writes what the run continues from."""
+        self._write(self.folder.new_checkpoint(self.iteration, self._in_parts), *self._state())
+        if self._in_parts and self.is_main_process:
+            self.folder.drop_old_checkpoints()  # not before: there is a whole checkpoint at any time
+
+    def _save_snapshot(self) -> None:
+        """The averaged generator alone, to go back to: a run does not always end at its best."""
+        self._write(self.folder.snapshot(self.iteration, self._in_parts), {AVERAGE: self.ema.average}, {}, {})
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether every process writes its own part of a checkpoint."""
+        return self.config.training.sharding == "full"
+
+    def _write(self, path: Path, networks: Networks, optimizers: Optimizers, generators: Generators) -> None:
+        facts: Facts = {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash}
+        if self._in_parts:
+            save_sharded_checkpoint(self.accelerator, path, networks, optimizers, generators, facts)
+        elif self.is_main_process:
+            save_checkpoint(path, networks, optimizers, generators, facts)
+        self.accelerator.wait_for_everyone()
+
+    def _continue_or_claim(self, teacher: Path) -> None:
+        """Loads the last checkpoint; without one the folder becomes this run's. Not before everything else accepted the
+        configuration: a folder is claimed by a run that can start.
+        """
+        checkpoint = self.folder.last_checkpoint()
+        there = -1 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
+        if len(set(found := on_every_rank(self.accelerator, there))) > 1:
+            raise ValueError(
+                f"{self.folder.path}: expected every process to continue from the same checkpoint, found those of "
+                f"iterations {found} (-1: none): the run's folder must be on a file system that all nodes share"
+            )
+        if checkpoint is not None:
+            facts = load_checkpoint(checkpoint, *self._state())
+            require_same_teacher(facts, self.bundle, checkpoint)
+            self.iteration, self.images_seen = int(facts["iteration"]), int(facts["images_seen"])
+        elif self.is_main_process:
+            self.folder.claim(self.config)
+        if self.is_main_process:
+            self.folder.remember_teacher(teacher, self.bundle.file_hash)
+
+    def _state(self) -> tuple[Networks, Optimizers, Generators]:
+        """Everything that a run continues from, by the names in its checkpoints."""
+        networks = {role: self.accelerator.unwrap_model(network) for role, network in self.networks.items()}
+        optimizers = {f"{role}_optimizer": adam for role, adam in self.optimizers.items()}
+        return networks | {AVERAGE: self.ema.average}, optimizers, {"rng": self.rng, "step_rng": self.step_rng}
+
+    def _sha256(self, path: Path) -> str:
+        """Read once, by the first rank."""
+        return first_rank_says(self.accelerator, lambda: self.folder.sha256(path))
+
+
+class _StopOnSignal:
+    """Turns SIGINT and SIGTERM into a request; Ctrl-C after that stops at once. SIGTERM may come more than once: from
+    a cluster's scheduler, and from torchrun, which passes on what it got.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> _StopOnSignal:
+        self.requested = False
+        self.previous = [signal.signal(s, self._request) for s in self.SIGNALS]
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = True
+        print(f"\n{signal.Signals(number).name}: saving after this iteration ...", flush=True)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in zip(self.SIGNALS, self.previous, strict=True):
+            signal.signal(number, handler)

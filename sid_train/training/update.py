@@ -1,0 +1,148 @@
+"""One update of one network: the same code in training and in a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from ..config import TrainingConfig
+from ..core.rng import BatchRNG
+from ..data.rows import PromptTable
+from ..errors import NonFiniteError
+from ..method.base import Batch, Losses, Update
+from ..models.conditioning import PairSource
+from .distributed import autocast, batch_parts, mean_over_ranks, micro_batch_size, reducing_gradients
+
+
+class Passes(Protocol):
+    """What surrounds the passes of an update: ranks and data in training, shapes without data in a plan."""
+
+    micro_batches: int
+
+    def draws(self) -> Iterator[BatchRNG]:
+        """The random numbers of each micro-batch, in order."""
+        ...
+
+    def batch(self, update: Update, rng: BatchRNG) -> Batch: ...
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """Around one part of the update, such as ``generator: backward``."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around the networks' forward passes."""
+        ...
+
+    def reducing(self, network: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Around a micro-batch: gradients leave this process in the ``last`` one."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def note(self, losses: Losses) -> None:
+        """Takes the losses of a micro-batch, before its backward pass."""
+        ...
+
+    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
+        """The means of the losses that were noted. Raises on all ranks where one of them or the norm is not finite."""
+        ...
+
+
+def run_update(
+    update: Update,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    passes: Passes,
+    clip_norm: float,
+    foreach: bool | None = None,
+) -> dict[str, float]:
+    """One optimizer step on the mean of the micro-batches; the means of its losses.
+
+    clip_norm: largest norm of the gradient; 0 does not clip
+    foreach: PyTorch's choice between one call for all parameters and one for each; None is its default
+    """
+    for number, rng in enumerate(passes.draws()):
+        with passes.reducing(network, last=number == passes.micro_batches - 1):
+            with passes.phase(f"{update.name}: forward"):
+                losses = _forward(update, passes, rng)
+            passes.note(losses)
+            with passes.phase(f"{update.name}: backward"):
+                passes.backward(torch.stack(list(losses.values())).sum() / passes.micro_batches)
+    with passes.phase(f"{update.name}: optimizer"):
+        limit = clip_norm or float("inf")
+        means = passes.finish(update, nn.utils.clip_grad_norm_(network.parameters(), limit, foreach=foreach))
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def _forward(update: Update, passes: Passes, rng: BatchRNG) -> Losses:
+    """A function of its own, so that the batch is freed before the backward pass."""
+    batch = passes.batch(update, rng)  # not autocast: what it encodes is as exact as in a cache
+    with passes.autocast():
+        return update.loss(batch, rng)
+
+
+class RankPasses:
+    """The passes of this rank, on its share of the run's batches."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        training: TrainingConfig,
+        prompts: PromptTable,
+        pairs: PairSource | None,
+        rng: torch.Generator,
+    ):
+        self.accelerator, self.training, self.prompts, self.pairs, self.rng = accelerator, training, prompts, pairs, rng
+        self.micro_batches, self.micro_batch = training.accumulate, micro_batch_size(accelerator, training)
+        self._noted: list[Losses] = []
+
+    def draws(self) -> Iterator[BatchRNG]:
+        return batch_parts(self.accelerator, self.rng, self.micro_batches)
+
+    def batch(self, update: Update, rng: BatchRNG) -> Batch:
+        cond = self.prompts.draw(self.micro_batch, rng)
+        if not update.wants_real:
+            return Batch(cond)
+        assert self.pairs is not None
+        return Batch(cond, self.pairs.draw(self.micro_batch, rng))
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        return record_function(name)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.accelerator, self.training)
+
+    def reducing(self, network: nn.Module, last: bool) -> AbstractContextManager[object]:
+        return reducing_gradients(self.accelerator, network, last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def note(self, losses: Losses) -> None:
+        self._noted.append({name: loss.detach() for name, loss in losses.items()})
+
+    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
+        """The host waits for the device here, and nowhere else in an update."""
+        noted, self._noted = self._noted, []
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        values = mean_over_ranks(self.accelerator, [*(loss for losses in noted for loss in losses.values()), norm])
+        names, means = [name for losses in noted for name in losses], dict.fromkeys(noted[0], 0.0)
+        for name, value in zip(names, values[:-1], strict=True):
+            means[name] += value / len(noted)
+        _require_finite(means, f"{update.name} loss")
+        _require_finite({"norm": values[-1]}, f"{update.name} gradient")
+        return means
+
+
+def _require_finite(values: dict[str, float], what: str) -> None:
+    bad = [f"{name} = {value}" for name, value in values.items() if not abs(value) < float("inf")]
+    if bad:
+        raise NonFiniteError(f"the {what} is not finite ({', '.join(bad)})")

@@ -1,0 +1,140 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sid_train.cli import main
+from sid_train.core.recipe import read_recipe
+from sid_train.models.families import load_model
+
+TINY = ["--set", "training.iterations=2", "--set", "training.batch_size=4", "--set", "method.steps=2"]
+PROMPT = "a red three on a blue ground"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished two-iteration run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["distill", "--config", "demo", *TINY, "--set", "training.grid_every=2", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_help_lists_every_command_with_a_line():
+    text = subprocess.run([sys.executable, "-m", "sid_train", "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "distill", "sample", "inspect", "evaluate", "export", "encode"):
+        assert f"\n    {command} " in text.stdout
+
+
+def test_distill_prints_its_configuration_and_leaves_a_generator(run, capsys):
+    assert (run / "generator.safetensors").is_file()
+    assert (run / "config.toml").is_file()
+    assert list((run / "grids").glob("*.png"))
+    assert list((run / "tensorboard").rglob("events*"))
+    recipe = read_recipe(run / "generator.safetensors")
+    assert recipe.timesteps == (625, 312)
+    assert recipe.base_model_hash == load_model("demo").file_hash
+    assert recipe.training_summary["iterations"] == "2"
+    # The same command again has nothing left to do.
+    assert main(["distill", "--config", "demo", *TINY, "--out", str(run)]) == 0
+    assert "[method]" in capsys.readouterr().out
+
+
+def test_sample_makes_the_same_picture_from_the_same_seed(run, tmp_path):
+    pictures = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        out = tmp_path / f"{name}.png"
+        model = str(run / "generator.safetensors")
+        assert main(["sample", model, "--prompt", PROMPT, "--count", "3", "--seed", seed, "--out", str(out)]) == 0
+        pictures.append(Image.open(out).tobytes())
+    assert Image.open(out).size == (48, 16)
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_sample_warns_of_untrained_steps(run, tmp_path, capsys):
+    model, out = str(run / "generator.safetensors"), str(tmp_path / "a.png")
+    assert main(["sample", model, "--prompt", PROMPT, "--steps", "4", "--out", out]) == 0
+    captured = capsys.readouterr()
+    assert "was trained for 2 step(s), not 4" in captured.err
+    assert "timesteps 625 468 312 156" in captured.out
+
+
+def test_inspect_shows_the_recipe(run, capsys):
+    assert main(["inspect", str(run / "generator.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["timesteps"] == [625, 312]
+    assert main(["inspect", str(run / "generator.safetensors")]) == 0
+    assert "625 312" in capsys.readouterr().out
+
+
+def test_export_writes_the_averaged_generator_in_any_dtype(run, tmp_path):
+    for dtype in ("fp16", "bf16", "fp32"):
+        file = tmp_path / f"{dtype}.safetensors"
+        assert main(["export", str(run), "-o", str(file), "--dtype", dtype]) == 0
+        assert read_recipe(file) == read_recipe(run / "generator.safetensors")
+    ours, theirs = load_file(tmp_path / "fp16.safetensors"), load_file(run / "generator.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "cat.txt").write_text("a red cat\n")
+    (tmp_path / "bad.toml").write_text("[method]\nstesp = 4\n")
+    (tmp_path / "text.safetensors").write_text("not a safetensors file")
+    save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "{tmp}/none.safetensors", "--prompt", PROMPT], "there is no such file"),
+        (["sample", "{tmp}/text.safetensors", "--prompt", PROMPT], "expected a safetensors file"),
+        (["sample", "{tmp}/plain.safetensors", "--prompt", PROMPT], "expected tensors such as input_blocks"),
+        (["sample", "demo", "--prompt", PROMPT], "carries no SiD recipe"),
+        (["sample", "{run}/generator.safetensors", "--prompt", "a red cat"], "does not know 'cat'"),
+        (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--steps", "9"], "steps: expected 1 to 8"),
+        (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--steps", "0"], "steps: expected 1 to 8"),
+        (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--out", "{tmp}/x.gif"], "ends in .png"),
+        (["sample", "{run}/generator.safetensors", "--prompt", PROMPT, "--device", "gpu"], "--device: 'gpu' cannot be"),
+        (["sample", "{run}/generator.safetensors"], "required: --prompt"),
+        (["inspect", "{tmp}/none.safetensors"], "none.safetensors"),
+        (["inspect", "{tmp}/plain.safetensors"], "carries no SiD recipe"),
+        (["evaluate", "demo"], "carries no SiD recipe"),
+        (["export", "{tmp}/nothing", "-o", "{tmp}/x.safetensors"], "expected a run folder"),
+        (["export", "{run}", "-o", "{tmp}/x.ckpt"], "ends in .safetensors"),
+        (["distill", "--config", "{tmp}/bad.toml", "--out", "{tmp}/new"], "did you mean method.steps"),
+        (["distill", "--config", "nope", "--out", "{tmp}/new"], "one of demo, demo-1step"),
+        (["distill", "--config", "demo", "--set", "data.prompts={tmp}/empty.txt", "--out", "{tmp}/new"], "no prompt"),
+        (["distill", "--config", "demo", "--set", "data.prompts={tmp}/no.txt", "--out", "{tmp}/new"], "no file"),
+        (["distill", "--config", "demo", "--set", "data.prompts={tmp}/cat.txt", "--out", "{tmp}/new"], "'cat'"),
+        (["distill", "--config", "demo", "--set", "model.teacher={tmp}/no", "--out", "{tmp}/new"], "no such file"),
+        (["distill", "--config", "demo", "--set", "data.pairs=x", "--out", "{tmp}/new"], "unused while"),
+        (["distill", "--config", "demo", *TINY, "--set", "training.seed=5", "--out", "{run}"], "training.seed (was 0"),
+        (["demo", "--steps", "9", "--out", "{tmp}/new"], "steps: expected 1 to 8, got 9"),
+        (["demo", "--guidance", "cfg", "--out", "{tmp}/new"], "guidance: expected none"),
+        (["demo", "--minutes", "-1", "--out", "{tmp}/new"], "--minutes: expected more than 0"),
+        (["demo", "--minutes", "soon"], "invalid float value"),
+        (["unknown"], "invalid choice"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_mistakes_give_one_line_and_exit_code_2(arguments, message, run, files, capsys):
+    arguments = [a.format(tmp=files, run=run) for a in arguments]
+    before = sorted(files.rglob("*"))
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert sorted(files.rglob("*")) == before  # nothing half-written

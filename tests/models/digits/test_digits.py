@@ -1,0 +1,90 @@
+"""The demo's data and the files that ship with it."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from sid_train.core.noise_schedule import VPSchedule
+from sid_train.core.rng import BatchRNG
+from sid_train.demo.baselines import CACHE_FILE, cache_key
+from sid_train.demo.metrics import CLASSIFIER_FILE
+from sid_train.models.digits.data import (
+    HELD_OUT_SUBJECTS,
+    SPLIT_SIZES,
+    SUBJECTS,
+    TRAINING_SUBJECTS,
+    DigitPairs,
+    RealDigits,
+    load_split,
+)
+from sid_train.models.digits.model import TEACHER_FILE, DigitCodec, DigitConditioner
+from sid_train.models.families import load_model
+
+
+def test_splits_are_disjoint_and_cover_all_digits():
+    splits = [load_split(name)[0].flatten(1) for name in SPLIT_SIZES]
+    assert [len(s) for s in splits] == list(SPLIT_SIZES.values())
+    assert sum(map(len, splits)) == 1797
+    for a, b in itertools.combinations(splits, 2):
+        assert torch.cdist(a, b).min() > 0
+
+
+def test_held_out_pairs_cover_every_word_and_reach_no_training():
+    assert len(SUBJECTS) == 180
+    assert len(HELD_OUT_SUBJECTS) == 30
+    held = {(s.digit, s.colour) for s in HELD_OUT_SUBJECTS}
+    assert not held & {(s.digit, s.colour) for s in TRAINING_SUBJECTS}
+    for attribute in ("digit", "colour", "ground"):
+        words = {getattr(s, attribute) for s in SUBJECTS}
+        assert {getattr(s, attribute) for s in HELD_OUT_SUBJECTS} == words
+        assert {getattr(s, attribute) for s in TRAINING_SUBJECTS} == words
+
+
+def test_codec_round_trip_and_unit_variance():
+    images = RealDigits("reference").draw(SUBJECTS, torch.Generator().manual_seed(0))
+    codec = DigitCodec()
+    latents = codec.encode(images)
+    assert latents.shape == (180, 12, 8, 8)
+    torch.testing.assert_close(codec.decode(latents), images, atol=1e-5, rtol=0)
+    assert 0.7 < latents.std() < 1.1
+
+
+def test_conditioner_tells_prompts_apart_and_names_unknown_words():
+    cond = DigitConditioner().encode([s.prompt for s in SUBJECTS] + [""])
+    assert len(torch.unique(cond.text.flatten(1), dim=0)) == 181
+    assert len(torch.unique(cond.pooled, dim=0)) == 181
+    with pytest.raises(ValueError, match="does not know 'cat'"):
+        DigitConditioner().encode(["a red cat"])
+
+
+def test_shipped_weights_are_small_and_the_cached_rows_are_theirs():
+    assert TEACHER_FILE.stat().st_size + CLASSIFIER_FILE.stat().st_size < 10_000_000
+    assert json.loads(CACHE_FILE.read_text())["made_with"] == cache_key()
+
+
+def test_the_teacher_denoises_real_digits_it_never_saw():
+    bundle = load_model("demo")
+    subjects = SUBJECTS[::3]
+    x0 = bundle.codec.encode(RealDigits("reference").draw(subjects, torch.Generator().manual_seed(0)))
+    cond = bundle.conditioner.encode([s.prompt for s in subjects])
+    sigma = VPSchedule.sdxl().sigma(torch.full((len(subjects),), 400))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        estimate = bundle.denoiser(x0 + sigma[:, None, None, None] * noise, sigma, cond)
+        wrong = bundle.denoiser(
+            x0 + sigma[:, None, None, None] * noise, sigma, cond[torch.arange(len(subjects) - 1, -1, -1)]
+        )
+    error = (estimate - x0).square().mean()
+    assert error < 0.15 * x0.var()
+    assert error < (wrong - x0).square().mean()  # the text helps
+
+
+def test_pairs_belong_together_and_follow_the_generator():
+    bundle = load_model("demo")
+    pairs = DigitPairs(bundle.codec, bundle.conditioner)
+    a, b = (pairs.draw(6, BatchRNG(torch.Generator().manual_seed(s))) for s in (1, 1))
+    assert torch.equal(a.latents, b.latents)
+    assert torch.equal(a.cond.pooled, b.cond.pooled)
+    assert not torch.equal(a.latents, pairs.draw(6, BatchRNG(torch.Generator().manual_seed(2))).latents)

@@ -1,0 +1,314 @@
+"""A distilled generator in every format: what comes back is what went in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from small_sdxl import save_single_file, small_pipeline
+
+from sid_train.core.recipe import PRESETS, SiDRecipe, read_recipe, read_safetensors_metadata
+from sid_train.files.tensors import HASH_KEY, LazyTensor, open_tensors, write_tensors
+from sid_train.models.adapters import Adapter
+from sid_train.models.families import export_generator, load_generator, open_generator
+from sid_train.models.family import ExportOptions, Generator, merge_lora
+from sid_train.models.sdxl.export import convert_unet
+from sid_train.models.sdxl.lora import extract_lora, kohya_modules
+from sid_train.models.sdxl.parts import open_sdxl
+from sid_train.sample import sample_images
+
+SIZE = 64
+RECIPE = SiDRecipe(training_resolution=(SIZE, SIZE), base_model="small")
+PROMPTS = ["a lighthouse", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    return str(save_single_file(tmp_path_factory.mktemp("teacher") / "small-xl.safetensors", small_pipeline()))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """As if all of the teacher's UNet had been distilled."""
+    return str(save_single_file(tmp_path_factory.mktemp("other") / "distilled.safetensors", small_pipeline(seed=1)))
+
+
+def export(generator: Generator, path: Path, format_: str, dtype: str, **options) -> list[str]:
+    return export_generator(generator, path, ExportOptions(format_, dtype, **options))
+
+
+def random_adapter(parts, rank: int = 4) -> Adapter:
+    rng = torch.Generator().manual_seed(0)
+    adapter = {}
+    for module in kohya_modules(parts.tensors, parts.unet_config):
+        shape = parts.tensors[f"{module}.weight"].shape
+        if len(shape) >= 2 and ("attn" in module or "conv1" in module or "samplers" in module):
+            down, up = torch.randn(rank, *shape[1:], generator=rng), torch.randn(shape[0], rank, generator=rng)
+            adapter[module] = (down * 0.05, up * 0.05, float(rank))
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher) -> Generator:
+    """A generator that is a LoRA over its teacher."""
+    parts = open_sdxl(teacher)
+    return Generator(parts, RECIPE, parts.tensors, random_adapter(parts))
+
+
+@pytest.fixture(scope="module")
+def pictures(distilled, tmp_path_factory) -> torch.Tensor:
+    path = tmp_path_factory.mktemp("pictures") / "fp32.safetensors"
+    export(distilled, path, "checkpoint", "fp32")
+    bundle, recipe = load_generator(str(path))
+    return sample_images(bundle, recipe, PROMPTS, seed=5)
+
+
+@pytest.mark.parametrize("format_", ["checkpoint", "unet", "lora", "diffusers"])
+def test_every_format_gives_the_same_pictures(distilled, teacher, pictures, tmp_path, format_):
+    path = tmp_path / ("folder" if format_ == "diffusers" else "generator.safetensors")
+    export(distilled, path, format_, "fp32")
+    if format_ == "diffusers":
+        pipeline = StableDiffusionXLPipeline.from_pretrained(path)
+        path = path / "unet" / "diffusion_pytorch_model.safetensors"
+        assert read_recipe(path) == RECIPE
+        merged = {k: t.load() for k, t in distilled.merged().items()}
+        assert all(torch.equal(pipeline.unet.state_dict()[k], t) for k, t in merged.items())
+    bundle, recipe = load_generator(str(path), None if format_ == "checkpoint" else teacher)
+    assert recipe == RECIPE
+    torch.testing.assert_close(sample_images(bundle, recipe, PROMPTS, seed=5), pictures, rtol=1e-4, atol=1e-4)
+    assert pictures.std() > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("format_", ["checkpoint", "unet"])
+def test_round_trip_is_bit_exact(distilled, tmp_path, format_, dtype):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    export(distilled, first, format_, dtype)
+    export(open_generator(str(first)), second, format_, dtype)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_lora_round_trip_is_bit_exact(distilled, teacher, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    export(distilled, first, "lora", "fp32")
+    export(open_generator(str(first), teacher), second, "lora", "fp32")
+    assert first.read_bytes() == second.read_bytes()
+    read = distilled.model.read_lora(first)
+    assert read.keys() == distilled.adapter.keys()
+    for module, (down, up, alpha) in distilled.adapter.items():
+        assert torch.equal(read[module][0], down)
+        assert torch.equal(read[module][1].flatten(), up.flatten())
+        assert read[module][2] == alpha
+    assert read_safetensors_metadata(first)["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+def test_diffusers_reads_the_lora(distilled, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    export(distilled, path, "lora", "fp32")
+    pipeline = small_pipeline()
+    pipeline.load_lora_weights(str(path))
+    pipeline.fuse_lora()
+    merged = distilled.merged()
+    for module in distilled.adapter:
+        weight = pipeline.unet.get_submodule(module)
+        weight = getattr(weight, "base_layer", weight).weight
+        torch.testing.assert_close(weight, merged[f"{module}.weight"].load(), rtol=1e-4, atol=1e-5)
+
+
+def test_diffusers_reads_the_single_file(distilled, tmp_path):
+    path, folder = tmp_path / "generator.safetensors", tmp_path / "folder"
+    export(distilled, path, "checkpoint", "fp32")
+    export(distilled, folder, "diffusers", "fp32")
+    unet = UNet2DConditionModel.from_single_file(str(path), config=str(folder), subfolder="unet")
+    for name, tensor in distilled.merged().items():
+        assert torch.equal(unet.state_dict()[name], tensor.load())
+
+
+def test_markers_of_v_prediction_and_zero_terminal_snr(distilled, tmp_path):
+    recipe = replace(RECIPE, prediction_type="v_prediction", zero_terminal_snr=True)
+    path = tmp_path / "v.safetensors"
+    for format_ in ("unet", "checkpoint"):
+        export(replace(distilled, recipe=recipe), path, format_, "fp16")
+        assert {name for name in open_tensors(path) if "." not in name} == {"v_pred", "ztsnr"}
+        assert open_sdxl(str(path)).prediction_type == "v_prediction"
+
+
+def test_fp8_keeps_norms_and_biases_in_fp16(distilled, tmp_path):
+    path = tmp_path / "fp8.safetensors"
+    export(distilled, path, "checkpoint", "fp8")
+    tensors = open_tensors(path)
+    kinds = {(len(t.shape) > 1, t.dtype) for name, t in tensors.items() if name.startswith("model.")}
+    assert kinds == {(True, torch.float8_e4m3fn), (False, torch.float16)}
+    assert {t.dtype for name, t in tensors.items() if not name.startswith("model.")} == {torch.float16}
+
+
+def test_another_vae(distilled, tmp_path):
+    vae = small_pipeline(seed=3).vae
+    vae.save_pretrained(tmp_path / "vae")
+    path = tmp_path / "generator.safetensors"
+    export(distilled, path, "checkpoint", "fp32", vae=tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    loaded = load_generator(str(path))[0].codec.vae.state_dict()
+    assert all(torch.equal(loaded[k], t) for k, t in vae.state_dict().items())
+    save_file({"a": torch.zeros(1)}, tmp_path / "no.safetensors")
+    with pytest.raises(ValueError, match=r"VAE: expected tensors such as encoder.conv_in"):
+        export(distilled, path, "checkpoint", "fp32", vae=tmp_path / "no.safetensors")
+
+
+class TestExtraction:
+    def test_of_a_lora_finds_it(self, distilled):
+        adapter, report = extract_lora(distilled.merged(), distilled.tensors, rank=4)
+        assert adapter.keys() == distilled.adapter.keys()
+        merged, again = distilled.merged(), merge_lora(distilled.tensors, adapter)
+        for module in adapter:
+            torch.testing.assert_close(
+                again[f"{module}.weight"].load(), merged[f"{module}.weight"].load(), rtol=1e-4, atol=1e-5
+            )
+        assert report[0] == f"{len(adapter)} modules, rank 4 to 4"
+
+    def test_error_falls_with_rank_and_is_what_is_reported(self, other, teacher):
+        unet, base = open_sdxl(other).tensors, open_sdxl(teacher).tensors
+        errors = []
+        for options in ({"rank": 2}, {"rank": 16}, {"energy": 0.9}, {"energy": 1.0}):
+            adapter, report = extract_lora(unet, base, **options)
+            merged = merge_lora(base, adapter)
+            lost = sum(float((merged[k].load() - unet[k].load()).double().square().sum()) for k in unet)
+            size = sum(float((base[k].load() - unet[k].load()).double().square().sum()) for k in unet)
+            errors.append((lost / size) ** 0.5)
+            assert f"relative error {errors[-1]:.4f}" in report[1]
+        assert errors[0] > errors[1] > errors[2] > errors[3]
+        assert errors[2] < 0.33  # the root of 0.1, and the norms and biases
+        flat = sum(
+            float((base[k].load() - t.load()).double().square().sum()) for k, t in unet.items() if len(t.shape) < 2
+        )
+        assert errors[3] == pytest.approx((flat / size) ** 0.5, rel=1e-4)  # all but the norms and biases
+
+    def test_through_the_file(self, other, teacher, tmp_path):
+        source, path = tmp_path / "full.safetensors", tmp_path / "lora.safetensors"
+        parts = open_sdxl(other)
+        export(Generator(parts, RECIPE, parts.tensors), source, "unet", "fp32")
+        generator = open_generator(str(source))
+        with pytest.raises(ValueError, match="--base"):
+            export(generator, path, "lora", "fp16", rank=8)
+        report = export(generator, path, "lora", "fp16", rank=8, base=open_sdxl(teacher))
+        assert "rank 4 to 8" in report[0]  # the last convolution has 4 channels
+        assert len(parts.read_lora(path)) > 50
+
+    def test_nothing_to_extract(self, teacher):
+        unet = open_sdxl(teacher).tensors
+        with pytest.raises(ValueError, match="nothing to extract"):
+            extract_lora(unet, unet, rank=4)
+        with pytest.raises(ValueError, match=r"--rank .* or --energy"):
+            extract_lora(unet, unet)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "ldm"])
+def test_convert_gives_a_unet_its_recipe(teacher, tmp_path, layout):
+    source, path = tmp_path / f"dmd2-{layout}.safetensors", tmp_path / "converted.safetensors"
+    parts = open_sdxl(teacher)
+    if layout == "diffusers":
+        save_file({k: t.load().half() for k, t in parts.tensors.items()}, source)
+    else:
+        prefix = "model.diffusion_model."
+        save_file({k.removeprefix(prefix): t for k, t in load_file(teacher).items() if k.startswith(prefix)}, source)
+    convert_unet(source, path, PRESETS["DMD2 (4 steps)"], "fp16")
+    generator = open_generator(str(path))
+    assert generator.recipe == replace(PRESETS["DMD2 (4 steps)"], title=source.stem)
+    assert all(torch.equal(t.load(), parts.tensors[k].load().half()) for k, t in generator.tensors.items())
+    with pytest.raises(ValueError, match="carries a recipe already"):
+        convert_unet(path, source, PRESETS["DMD2 (4 steps)"], "fp16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "x.ckpt", "format_": "unet"}, r"expected a name that ends in .safetensors"),
+        ({"format_": "lora", "dtype": "fp8"}, "a LoRA is stored in fp16, bf16 or fp32"),
+        ({"format_": "unet", "vae": "x"}, "--vae: the format unet holds none"),
+        ({"format_": "unet", "rank": 3}, "--rank, --energy: only for a LoRA that is extracted"),
+        ({"format_": "lora", "rank": 3}, "--rank, --energy: only for a LoRA that is extracted"),
+        ({"path": ".", "format_": "diffusers"}, "expected a folder that does not exist yet"),
+    ],
+)
+def test_impossible_exports(distilled, tmp_path, options, message):
+    values = {"path": "x.safetensors", "dtype": "fp16"} | options
+    with pytest.raises(ValueError, match=message):
+        export(distilled, tmp_path / values.pop("path"), **values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unet_alone_cannot_be_a_checkpoint(distilled, teacher, tmp_path):
+    unet, path = tmp_path / "unet.safetensors", tmp_path / "checkpoint.safetensors"
+    export(distilled, unet, "unet", "fp16")
+    with pytest.raises(ValueError, match="give a whole checkpoint as --base"):
+        export(open_generator(str(unet)), path, "checkpoint", "fp16")
+    export(open_generator(str(unet), teacher), path, "checkpoint", "fp16")
+    assert any(name.startswith("conditioner.") for name in open_tensors(path))
+
+
+class TestWriter:
+    def test_file_is_read_by_safetensors_and_has_its_hash(self, tmp_path):
+        path = tmp_path / "x.safetensors"
+        tensors = {
+            "b": torch.arange(6).reshape(2, 3),
+            "a": torch.randn(3, 5).half(),
+            "none": torch.zeros(0),
+            "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+            "flag": torch.tensor([True, False, True]),
+            "small": torch.randn(7).to(torch.float8_e4m3fn),
+            "f": torch.randn(2, 2, 2),
+        }
+        write_tensors(path, {k: LazyTensor.of(t) for k, t in tensors.items()}, {"title": "x"})
+        read = load_file(path)
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name].float(), tensor.float())
+        content = path.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        assert size % 8 == 0
+        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+        assert metadata["title"] == "x"
+        assert metadata[HASH_KEY] == "0x" + hashlib.sha256(content[8 + size :]).hexdigest()
+
+    def test_failure_leaves_nothing(self, tmp_path):
+        def fail() -> torch.Tensor:
+            raise RuntimeError("disk")
+
+        with pytest.raises(RuntimeError, match="disk"):
+            write_tensors(tmp_path / "x.safetensors", {"a": LazyTensor((1,), torch.float32, fail)}, {})
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+    def test_memory_is_that_of_one_tensor(self, tmp_path):
+        """40 tensors of 8 MiB through a process of its own: the last one and the next at once."""
+        script = (
+            "import sys, torch\n"
+            "from pathlib import Path\n"
+            "from sid_train.files.tensors import LazyTensor, write_tensors\n"
+            "status = Path('/proc/self/status')\n"
+            "memory = lambda field: int(status.read_text().partition(field)[2].split()[0]) / 1024\n"
+            "make = lambda: torch.ones(2, 2**20)\n"
+            "tensors = {str(i): LazyTensor((2, 2**20), torch.float32, make) for i in range(40)}\n"
+            "write_tensors(Path(sys.argv[1]), {'0': tensors['0']}, {})\n"  # what torch loads at its first use
+            "Path('/proc/self/clear_refs').write_text('5')\n"  # the peak starts anew
+            "before = memory('VmRSS:')\n"
+            "write_tensors(Path(sys.argv[1]), tensors, {})\n"
+            "print(memory('VmHWM:') - before)\n"
+        )
+        path = tmp_path / "large.safetensors"
+        # glibc gives memory back at once only below a threshold that it otherwise raises by itself.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        command = [sys.executable, "-c", script, path]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert path.stat().st_size > 40 * 2**23
+        assert float(run.stdout) < 3 * 8
