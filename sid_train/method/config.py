@@ -71,7 +71,8 @@ class GANConfig:
     generator_weight: float = 0.0
     """Weight of the generator's GAN loss, beside sid_weight; 0 turns the branch off."""
     sid_weight: float = 1.0
-    """Weight of the SiD loss while the branch is on; generator_weight : sid_weight is 1 : 100 in SiD-DiT."""
+    """Weight of the generator's SiD loss from the first image; once its GAN term starts, both get half their weights.
+    generator_weight : sid_weight is 1 : 100 in SiD-DiT."""
     discriminator_weight: float = 1.0
     """Weight of the discriminator's loss, times C*H*W (SiD-DiT), beside the fake score's denoising loss."""
     start_images: int = 0

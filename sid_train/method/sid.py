@@ -196,7 +196,7 @@ class Distiller(Method):
         weight = sid_weight(x_g, teacher_x0, sigma, self.method.weighting)
         loss = sid_loss(teacher_x0, fake_x0, x_g, weight, self.method.alpha).mean()
         if fake_logits is None:
-            return {"sid": loss}
-        # Equal halves, as in SiDA and SiD-DiT; the two weights set the balance.
+            return {"sid": self.gan.sid_weight * loss}
+        # Equal halves from here on, as in SiDA and SiD-DiT; the two weights set the balance.
         gan = generator_gan_loss(fake_logits, weight, x_g[0].numel()).mean()
         return {"sid": 0.5 * self.gan.sid_weight * loss, "gan": 0.5 * self.gan.generator_weight * gan}
