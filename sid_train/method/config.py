@@ -76,7 +76,8 @@ class GANConfig:
     discriminator_weight: float = 1.0
     """Weight of the discriminator's loss, times C*H*W (SiD-DiT), beside the fake score's denoising loss."""
     start_images: int = 0
-    """No GAN term before this many images were generated."""
+    """The generator's loss has no GAN term before this many images were generated. The discriminator learns from the
+    first image."""
 
     def __post_init__(self) -> None:
         for name in ("generator_weight", "sid_weight", "discriminator_weight", "start_images"):

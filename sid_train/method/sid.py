@@ -100,10 +100,10 @@ class Distiller(Method):
     def updates(self, step: int, images_seen: int) -> list[Update]:
         """Some updates of the fake score, then one of the generator, all on step k.
 
-        The GAN branch of both begins with the iteration that ``gan.start_images`` were generated before.
+        The discriminator learns from the first image; the generator follows it from ``gan.start_images`` on.
         """
         adversarial = self.gan.enabled and images_seen >= self.gan.start_images
-        learn = Update("fake_score", partial(self._fake_score_update, step), wants_real=adversarial)
+        learn = Update("fake_score", partial(self._fake_score_update, step), wants_real=self.gan.enabled)
         follow = Update("generator", partial(self._generator_update, step, adversarial))
         return [learn] * self.fake_score_updates + [follow]
 
