@@ -60,7 +60,7 @@ class Trainer:
         self.rng = batch_generator(self.accelerator, training.seed)
         self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng)
         self.iteration = 0  # finished ones
-        self.images_seen = 0  # drawn for the fake score, over all ranks
+        self.images_seen = 0  # a batch an iteration, over all ranks, however many updates it has
         self._continue_or_claim(parts.model.weights)
         every = [Progress(training.log_every), *(callbacks or [])]
         self.callbacks = [c for c in every if c.every_rank or self.is_main_process]
@@ -108,7 +108,7 @@ class Trainer:
         self._set_learning_rates()
         drawn = self.method.draw_step(self.step_rng)
         updates = self.method.updates(step or drawn, self.images_seen)
-        self.images_seen += training.batch_size * training.fake_score_updates
+        self.images_seen += training.batch_size
         logged: dict[str, float] = {}
         for update in updates:
             if update.network == "generator" and self.images_seen <= training.generator_start_images:
