@@ -109,7 +109,7 @@ class Trainer:
         drawn = self.method.draw_step(self.step_rng)
         updates = self.method.updates(step or drawn, self.images_seen)
         self.images_seen += training.batch_size
-        logged: dict[str, float] = {}
+        logged: dict[str, list[float]] = {}
         for update in updates:
             if update.network == "generator" and self.images_seen <= training.generator_start_images:
                 continue
@@ -121,10 +121,11 @@ class Trainer:
                     f"iteration {self.iteration + 1}: {error}. No weight was changed by it; the last checkpoint is in "
                     f"{self.folder.path}. Lower the learning rates or set optimizer.clip_norm."
                 ) from None
-            logged |= losses
+            for name, value in losses.items():
+                logged.setdefault(name, []).append(value)
             if update.network == "generator":
                 self.ema.update(self.accelerator.unwrap_model(network), self.images_seen, training.batch_size)
-        return logged
+        return {name: sum(values) / len(values) for name, values in logged.items()}
 
     def _set_learning_rates(self) -> None:
         optimizer, total = self.config.optimizer, self.config.training.iterations

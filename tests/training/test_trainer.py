@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 from sid_train.config import load_config
 from sid_train.errors import Interrupted, NonFiniteError
 from sid_train.files.logs import read_log
+from sid_train.method.base import Method, Update
+from sid_train.method.methods import METHODS
 from sid_train.models.families import export_generator, load_model
 from sid_train.models.family import ExportOptions
 from sid_train.training.callbacks import Callback, Grids
+from sid_train.training.checkpoint import read_facts
 from sid_train.training.run import RunFolder
 from sid_train.training.trainer import Trainer
 
@@ -133,8 +136,70 @@ def test_the_gan_branch_and_its_start(tmp_path):
     assert names == [both, both | {"sid"}, both | {"sid", "gan"}]
 
 
+def test_sid_weight_is_there_before_the_gan_term(tmp_path):
+    """Its loss falls to the half when that term starts, as in SiD-DiT, and does not jump."""
+    for weight in (1, 100):
+        config = small(
+            "data.pairs=demo", "gan.generator_weight=0.01", "gan.start_images=4", f"gan.sid_weight={weight}",
+            "method.guidance=custom=1,1,3", "optimizer.generator_lr=1e-12", "optimizer.fake_score_lr=1e-12",
+            iterations=2,
+        )  # fmt: skip
+        Trainer(config, tmp_path / str(weight)).run()
+    one, hundred = ([e["losses"]["sid"] for e in read_log(tmp_path / w / "log.jsonl")] for w in ("1", "100"))
+    assert hundred == pytest.approx([100 * loss for loss in one], rel=1e-4)
+
+
 def test_accumulation_and_bf16_run(tmp_path):
     Trainer(small("training.accumulate=2", "training.mixed_precision=bf16", iterations=2), tmp_path).run()
+
+
+def test_images_are_counted_once_an_iteration(tmp_path):
+    """So that the average's half-life and every start mean the same at any number of fake-score updates."""
+    trainer = Trainer(small("training.fake_score_updates=3", iterations=2), tmp_path)
+    trainer.run()
+    assert trainer.images_seen == 2 * 4
+
+
+class Counting(Method):
+    """Three updates of the generator an iteration, with losses of 1, 2 and 3."""
+
+    trained = ("generator",)
+
+    @classmethod
+    def build(cls, setting):
+        method = cls()
+        method.parameter = next(setting.unwrapped["generator"].parameters())
+        return method
+
+    def draw_step(self, rng):
+        return 1
+
+    def updates(self, step, images_seen):
+        return [
+            Update("generator", lambda batch, rng, loss=loss: {"loss": loss + 0 * self.parameter.sum()})
+            for loss in (1, 2, 3)
+        ]
+
+
+def test_the_log_has_the_means_of_all_updates(tmp_path):
+    METHODS["counting"] = Counting
+    try:
+        assert Trainer(small("method.kind=counting"), tmp_path).train_iteration() == {"loss": 2}
+    finally:
+        del METHODS["counting"]
+
+
+def test_a_snapshot_is_on_disk_before_what_counts_on_it(tmp_path):
+    """Its score, and the checkpoint of the same iteration."""
+    seen = []
+
+    class Look(Callback):
+        def on_iteration(self, run, losses):
+            last = run.folder.last_checkpoint()
+            seen.append((run.folder.snapshot(run.iteration, False).is_file(), last and read_facts(last)["iteration"]))
+
+    Trainer(small("training.snapshot_every=1", "training.checkpoint_every=1", iterations=2), tmp_path, [Look()]).run()
+    assert seen == [(True, None), (True, 1)]
 
 
 def test_fake_score_update_ratio(tmp_path):
