@@ -139,20 +139,19 @@ class TrainingConfig:
             )
 
 
-# A run may be resumed with other values of these: they change what is reported, or how much memory a batch takes, but
-# nothing that is computed beyond its rounding.
+# A run may be resumed with other values of these. The training ones change what is reported, or how much memory a batch
+# takes, but nothing that is computed beyond its rounding; the others only how far back the average looks.
 FREE_KEYS = {
-    f"training.{key}"
-    for key in (
-        "accumulate",
-        "gradient_checkpointing",
-        "log_every",
-        "grid_every",
-        "checkpoint_every",
-        "snapshot_every",
-        "clip_model",
-        "tracker",
-    )
+    "optimizer.ema_halflife_images",
+    "optimizer.ema_rampup",
+    "training.accumulate",
+    "training.gradient_checkpointing",
+    "training.log_every",
+    "training.grid_every",
+    "training.checkpoint_every",
+    "training.snapshot_every",
+    "training.clip_model",
+    "training.tracker",
 }
 
 

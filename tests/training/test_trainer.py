@@ -123,6 +123,7 @@ def test_a_run_folder_keeps_its_configuration(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer.generator_lr \(was 0.0\d+, now 0.5\)"):
         Trainer(small("optimizer.generator_lr=0.5"), tmp_path)
     Trainer(small("training.log_every=7"), tmp_path)  # only reporting
+    Trainer(small("optimizer.ema_rampup=0.2"), tmp_path)  # only the average
 
 
 def test_the_gan_branch_and_its_start(tmp_path):
