@@ -26,7 +26,7 @@ else:
 
 @dataclass
 class ModelConfig:
-    """The networks' initial weights."""
+    """The model that is distilled, and what the networks start from."""
 
     teacher: str = "demo"
     """The model to distil: an SDXL .safetensors file, diffusers folder or hub id; or 'demo', the embedded one."""
@@ -83,12 +83,12 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    """The loop."""
+    """How long, how large and in which precision a run trains, and what it keeps and shows."""
 
     iterations: int = 1000
     """Rounds of the method: fake_score_updates of the fake score, then one of the generator."""
     batch_size: int = 32
-    """Images an update, over all processes."""
+    """Images in one update, over all processes together."""
     accumulate: int = 1
     """Micro-batches that each process splits its share of an update into, to save memory."""
     sharding: Literal["none", "full"] = "none"
@@ -98,7 +98,7 @@ class TrainingConfig:
     fake_score_updates: int = 1
     """Updates of the fake score for each of the generator."""
     generator_start_images: int = 0
-    """The fake score (and discriminator) learns alone for this many images first."""
+    """The fake score, which is the discriminator too, learns alone for this many images first."""
     gradient_checkpointing: bool = False
     """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, a third more time."""
     mixed_precision: Literal["no", "bf16"] = "no"

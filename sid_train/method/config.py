@@ -30,11 +30,12 @@ class MethodConfig:
     alpha: float = 1.0
     """Weight of the explicit score difference in the generator loss; 1 (SiD-LSG, SiD-DiT) or 1.2 (SiD, SiDA)."""
     weighting: SiDWeighting = "l1"
-    """Per-sample weight of the generator loss: l1, one_minus_sigma or uniform."""
+    """Per-sample weight of the generator loss. l1: 1 / mean |x_g - teacher's x0| (SiD); one_minus_sigma:
+    1 / (1 + sigma) (SiD-DiT); uniform: 1."""
     t_min: int = 20
-    """Lowest timestep at which the scores are compared."""
+    """Lowest timestep at which the scores of teacher and fake score are compared."""
     t_max: int = 980
-    """Timesteps stay below this one."""
+    """Timesteps at which the scores are compared stay below this one."""
     prompt_dropout: float = 0.1
     """Share of prompts dropped in the fake score's update, where its unconditional score is needed too."""
     prompt_dropout_in: Literal["generator", "fake_score"] = "generator"
@@ -66,7 +67,9 @@ class MethodConfig:
 
 @dataclass
 class GANConfig:
-    """The Diffusion-GAN branch (SiDa), which needs real pairs. Weights are relative to ``sum`` losses over a latent."""
+    """The Diffusion-GAN branch (SiDa), which needs real pairs. The losses that the weights multiply are sums over a
+    latent's elements.
+    """
 
     generator_weight: float = 0.0
     """Weight of the generator's GAN loss, beside sid_weight; 0 turns the branch off."""

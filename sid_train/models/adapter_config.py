@@ -13,7 +13,8 @@ class AdapterConfig:
     rank: int = 0
     """Rank of the generator's and the fake score's adapters; 0 trains whole copies of the network instead."""
     targets: Literal["all", "attention"] = "all"
-    """all: attention, feed-forward, convolutions and time projections, as LCM's and DMD2's LoRAs; or attention only."""
+    """Which modules get adapters. all: attention, feed-forward, convolutions and time projections, as in LCM's and
+    DMD2's LoRAs; attention: the attention's projections alone."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
