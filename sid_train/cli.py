@@ -31,12 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary)
 
+    def takes_overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            dest="overrides",
+            help="override one value",
+        )
+
     def takes_config(sub: argparse.ArgumentParser, help_: str, required: bool = True) -> None:
         sub.add_argument("--config", required=required, help=help_)
-        set_help = "override one value"
-        sub.add_argument(
-            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=set_help
-        )
+        takes_overrides(sub)
 
     sub = command("demo", "distil the embedded teacher, measure it and write a report, in minutes on a CPU")
     sub.add_argument("--out", type=Path, help="folder (default: one under sid-demo/ named by the other options)")
@@ -47,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="of the distillation (default: 0)")
     sub.add_argument("--minutes", type=float, help="train as long as fits into this many minutes in all")
     sub.add_argument("--full", action="store_true", help="compute the teacher's and the real rows anew (10 minutes)")
+    takes_overrides(sub)
 
     sub = command("distill", "distil a teacher as a configuration says; the same command continues an interrupted run")
     which = f"a TOML file, or a configuration that ships: {', '.join(configs.shipped())}"

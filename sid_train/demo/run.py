@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,13 +69,13 @@ def demo_folder(steps: int, guidance: str | None, seed: int, minutes: float | No
     return Path("sid-demo") / "-".join(parts).replace("/", "_")
 
 
-def demo_config(steps: int, guidance: str | None, seed: int) -> Config:
-    """The demo's configuration: the recipe for one or for several steps, with what the command line asks for."""
+def demo_config(steps: int, guidance: str | None, seed: int, overrides: Sequence[str] = ()) -> Config:
+    """The demo's configuration, for one or for several steps, with what the command line asks for."""
     timestep_ladder(steps)  # an error here names the argument
-    overrides = [f"method.steps={steps}", f"training.seed={seed}"]
+    asked = [f"method.steps={steps}", f"training.seed={seed}"]
     if guidance is not None:
-        overrides.append(f"method.guidance={guidance}")
-    return load_config("demo-1step" if steps == 1 else "demo", overrides)
+        asked.append(f"method.guidance={guidance}")
+    return load_config("demo-1step" if steps == 1 else "demo", [*asked, *overrides])
 
 
 def run_demo(
@@ -84,10 +85,11 @@ def run_demo(
     seed: int = 0,
     minutes: float | None = None,
     full: bool = False,
+    overrides: Sequence[str] = (),
 ) -> dict:
     """Runs or continues the demo in folder ``out``; returns the content of ``metrics.json``."""
     started = time.monotonic()
-    config = demo_config(steps, guidance, seed)
+    config = demo_config(steps, guidance, seed, overrides)
     run_dir = out / "run"
     config.training.iterations = _decide_iterations(config, out, minutes)
     trainer = Trainer(config, run_dir, [FrechetCurve()])

@@ -25,7 +25,7 @@ print(json.dumps({{"milliseconds": 1000 * taken, "packages": sorted(new), "nodes
 
 
 def test_import_is_quick_and_brings_no_other_package():
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300, check=True)
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=1800, check=True)
     measured = json.loads(run.stdout.splitlines()[-1])
     print(measured)
     assert measured["nodes"] == 11

@@ -45,7 +45,7 @@ print(len(names))
 
 def test_core_imports_without_the_training_dependencies():
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL], cwd=CORE.parents[1], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", IMPORT_ALL], cwd=CORE.parents[1], capture_output=True, text=True, timeout=1800
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == len(MODULES) - 1  # all but __init__

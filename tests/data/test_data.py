@@ -126,7 +126,7 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path):
     code = "import sys\nfrom sid_train.data.rows import load_prompts\ntry: load_prompts('hf:nobody/nothing')\n"
     code += "except ValueError as error: print(error)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=1800)
     assert run.stdout.startswith("data.prompts: hf:nobody/nothing: cannot read the train split"), run.stderr
     assert run.stdout.count("\n") == 1
 

@@ -94,7 +94,7 @@ def runs(tmp_path_factory) -> Path:
     script = Path(__file__).with_name("two_processes.py")
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, folder],
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True, timeout=1800,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert two.returncode == 0, "\n".join(line for line in two.stderr.splitlines() if line.startswith("[rank"))
