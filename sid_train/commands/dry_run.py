@@ -10,7 +10,7 @@ from ..config import Config
 from ..core.rng import BatchRNG
 from ..data.cache import Cache, model_facts, prompt_facts
 from ..data.pairs import load_pairs
-from ..data.rows import load_prompts
+from ..data.rows import prompts_of
 from ..models.bundle import count_parameters
 from ..models.families import open_model
 from ..training.run import RunFolder
@@ -42,7 +42,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
             f"{bundle.image_size[1]}x{bundle.image_size[0]}, latents {_shape(bundle.latent_shape)}",
         ),
     ]
-    prompts = load_prompts(config.data.prompts)
+    prompts = prompts_of(config.data.prompts)
     if config.data.cache:
         cache = Cache(Path(config.data.cache))
         cache.expect(model_facts(bundle) | prompt_facts(prompts))

@@ -27,7 +27,7 @@ from ..data.cache import (
 )
 from ..data.pairs import PicturePairs
 from ..data.pictures import open_pictures
-from ..data.rows import encode_prompts, load_prompts
+from ..data.rows import encode_prompts, prompts_of
 from ..files.tensors import DTYPES
 from ..models.conditioning import Conditioning
 from ..models.families import load_model, shipped_by
@@ -58,7 +58,7 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bundle.conditioner.to(device)
     bundle.codec.to(device)
-    prompts = load_prompts(config.data.prompts, report=True)
+    prompts = prompts_of(config.data.prompts, report=True)
     facts: Facts = model_facts(bundle) | {"dtype": dtype or "as encoded", "shard_size": shard_size}
     facts |= prompt_facts(prompts)
     pictures = open_pictures(config.data.pairs) if config.data.pairs else None

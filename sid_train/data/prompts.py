@@ -12,7 +12,7 @@ TEXT_KEYS = ("prompt", "caption", "text")
 """Keys and columns that hold a prompt; the first one that is there counts."""
 
 
-def read_prompts(source: str, report: bool = False) -> list[str]:
+def load_prompts(source: str, report: bool = False) -> list[str]:
     """The distinct prompts of ``source``, stripped, in order; ``report`` prints how many were dropped.
 
     A .txt file (one a line), .jsonl, .csv or .parquet (under ``prompt``, ``caption`` or ``text``), a folder (each .txt

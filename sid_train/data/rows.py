@@ -15,16 +15,16 @@ from ..models.conditioning import Conditioner, Conditioning
 from ..models.families import shipped_by
 from .cache import Cache, model_facts, prompt_facts
 from .config import DataConfig
-from .prompts import read_prompts
+from .prompts import load_prompts
 
 EAGER_LIMIT = 4096
 """Up to this many prompts are encoded once and kept (2.6 GB in fp32 for SDXL); more are encoded when drawn."""
 
 
-def load_prompts(source: str, report: bool = False) -> list[str]:
-    """As ``read_prompts``; also those that a model family ships under its word."""
+def prompts_of(source: str, report: bool = False) -> list[str]:
+    """As ``load_prompts``; also those that a model family ships under its word."""
     family = shipped_by(source)
-    return family.prompts() if family else read_prompts(source, report)
+    return family.prompts() if family else load_prompts(source, report)
 
 
 class EncodedRows(Protocol):
@@ -96,7 +96,7 @@ def load_prompt_table(
     """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used.
     ``report`` prints how many were dropped.
     """
-    prompts = load_prompts(data.prompts, report)
+    prompts = prompts_of(data.prompts, report)
     if not data.cache:
         no_text = bundle.unconditional(unconditional)  # first: LiveRows frees the text encoders when it is done
         encoded = LiveRows(prompts, bundle.conditioner)

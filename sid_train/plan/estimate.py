@@ -13,7 +13,7 @@ import torch
 
 from ..config import Config, config_from_dict
 from ..data.pictures import expand_braces, open_pictures
-from ..data.rows import EAGER_LIMIT, load_prompts
+from ..data.rows import EAGER_LIMIT, prompts_of
 from ..files.tensors import DTYPES
 from ..models.bundle import ModelShapes, count_parameters
 from ..models.families import model_shapes, shipped_by
@@ -336,7 +336,7 @@ def _count_prompts(source: str) -> int | None:
     """None where they are not here."""
     if not shipped_by(source) and not Path(source).exists():
         return None
-    return len(load_prompts(source))
+    return len(prompts_of(source))
 
 
 def _count_pairs(source: str) -> int | None:

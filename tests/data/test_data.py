@@ -17,7 +17,8 @@ from PIL import Image
 from sid_train.core.rng import BatchRNG
 from sid_train.data.pairs import RowPicker, load_pairs
 from sid_train.data.pictures import bucket_sizes, cut_out, expand_braces, nearest_bucket, open_pictures
-from sid_train.data.rows import EAGER_LIMIT, LiveRows, PromptTable, encode_prompts, load_prompt_table, load_prompts
+from sid_train.data.prompts import load_prompts
+from sid_train.data.rows import EAGER_LIMIT, LiveRows, PromptTable, encode_prompts, load_prompt_table
 from sid_train.method.config import GANConfig, MethodConfig
 from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import Conditioning
@@ -123,7 +124,7 @@ def test_a_missing_package_is_named_with_its_command(package, source, message, t
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path):
-    code = "import sys\nfrom sid_train.data.rows import load_prompts\ntry: load_prompts('hf:nobody/nothing')\n"
+    code = "import sys\nfrom sid_train.data.prompts import load_prompts\ntry: load_prompts('hf:nobody/nothing')\n"
     code += "except ValueError as error: print(error)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=1800)
