@@ -11,7 +11,6 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..sid_train import configs
-from ..sid_train.config import config_from_dict, read_toml
 from ..sid_train.core.timesteps import MAX_STEPS
 from ..sid_train.files.atomic import write_text
 from ..sid_train.files.tensors import open_tensors
@@ -83,6 +82,8 @@ class SiDTrainingRecipe(io.ComfyNode):
     def execute(
         cls, teacher: str, prompts: str, base: str, steps: int, pairs: str, name: str, strategy: str | None = None
     ) -> io.NodeOutput:
+        from ..sid_train.config import config_from_dict, read_toml  # ComfyUI need not wait for it when it starts
+
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(f"name: expected letters, digits, '-', '_' and '.', got {name!r}")
         folder = Path(folder_paths.get_output_directory()) / "sid_train"

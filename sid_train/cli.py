@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", dest="as_json")
 
     sub = command("export", "write the generator of a run, or of an exported file, in another form, with its recipe")
-    sub.add_argument("source", type=Path, help="the run's folder, or an SDXL file with a recipe")
+    sub.add_argument("source", type=Path, help="the run's folder, or a generator's file with a recipe")
     sub.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file, or a folder for diffusers")
     sub.add_argument(
         "--format",

@@ -170,12 +170,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.method.kind not in METHODS:
             raise ValueError(f"method.kind: expected one of {', '.join(METHODS)}, got {self.method.kind!r}")
-        if self.gan.enabled and not self.data.pairs:
-            raise ValueError(
-                "gan.generator_weight: the GAN branch needs real pairs: set data.pairs, or the weight to 0"
-            )
-        if self.data.pairs and not self.gan.enabled:
-            raise ValueError("data.pairs: unused while gan.generator_weight is 0: set that weight, or drop the pairs")
+        METHODS[self.method.kind].check(self)
         if self.data.buckets and not self.data.pairs:
             raise ValueError("data.buckets: unused without real pairs: set data.pairs, or buckets to false")
         changed = [f.name for f in dataclasses.fields(GANConfig) if getattr(self.gan, f.name) != f.default]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from sid_train.cli import main
 from sid_train.config import load_config
-from sid_train.core.noise_schedule import NoiseSchedule, VPSchedule, expand
+from sid_train.core.noise_schedule import NoiseSchedule, expand
 from sid_train.core.recipe import read_recipe
 from sid_train.core.rng import BatchRNG
-from sid_train.files.hashing import file_sha256
+from sid_train.core.timesteps import timestep_ladder
 from sid_train.files.logs import read_log
 from sid_train.files.tensors import open_tensors
 from sid_train.method.base import Batch, Losses, Method, Setting, Update
@@ -39,16 +39,59 @@ SETTINGS = ["training.iterations=2", "training.batch_size=2", "training.tracker=
 SETTINGS += ["method.steps=2", "training.fake_score_updates=1"]
 
 
+# -- a schedule --------------------------------------------------------------------------------------------------------
+
+
+class FlowSchedule(NoiseSchedule):
+    """Rectified flow, ``x_t = (1 - t) x0 + t eps``: sigma is ``t / (1 - t)``, and the network predicts ``eps - x0``."""
+
+    prediction_type = "flow"
+
+    def sigma(self, timestep):
+        return timestep / (1000.0 - timestep)
+
+    def timestep(self, sigma):
+        return 1000 * sigma / (1 + sigma)
+
+    def scale_input(self, x, sigma):
+        return x / (1 + expand(sigma, x))
+
+    def to_x0(self, prediction, x, sigma):
+        return self.scale_input(x, sigma) - expand(sigma / (1 + sigma), x) * prediction.float()
+
+    def ladder(self, steps, t_init):
+        return timestep_ladder(steps, 999)  # from pure noise, whatever is asked for
+
+
+def test_a_flow_schedule_is_one_class(cond, unconditional, rng):
+    schedule = FlowSchedule()
+    t = torch.tensor([1, 250, 625, 999])
+    torch.testing.assert_close(schedule.timestep(schedule.sigma(t)), t.float())
+    x0, eps = torch.randn(2, 4, 1, 2, 2, generator=rng)
+    x = x0 + expand(schedule.sigma(t), x0) * eps  # what the rest of the code sees
+    share = t[:, None, None, None] / 1000
+    torch.testing.assert_close(schedule.scale_input(x, schedule.sigma(t)), (1 - share) * x0 + share * eps)
+    torch.testing.assert_close(schedule.to_x0(eps - x0, x, schedule.sigma(t)), x0, rtol=1e-3, atol=1e-3)
+
+    networks = [UNetDenoiser(build_unet(), schedule) for _ in range(3)]
+    distiller = Distiller(*networks, schedule, unconditional, LATENT_SHAPE, MethodConfig(guidance="lsg=1.5"))
+    draws = BatchRNG(rng)
+    for losses in (distiller.fake_score_loss(cond, 2, draws), distiller.generator_loss(cond, 2, draws)):
+        sum(losses.values()).backward()
+        assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in networks[0].parameters())
+
+
 # -- a family ----------------------------------------------------------------------------------------------------------
 
 
 class ToyDenoiser(Denoiser):
-    """One convolution that hears the text's mean, and predicts v."""
+    """One convolution that hears the text's mean, on rectified flow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Conv2d(LATENT_SHAPE[0] + 1, LATENT_SHAPE[0], 3, padding=1)
-        self.schedule = VPSchedule.sdxl(prediction_type="v_prediction")
+        self.schedule = FlowSchedule()
 
     @property
     def network(self) -> nn.Module:
@@ -68,11 +111,11 @@ class ToyDenoiser(Denoiser):
 class ToyModel(OpenedModel):
     architecture, prefix = "toy", "net."
 
-    def load(self, dtype, resolution=0, sha256=file_sha256) -> ModelBundle:
+    def load(self, dtype, resolution=0) -> ModelBundle:
         denoiser, conditioner = ToyDenoiser(), DigitConditioner()
         denoiser.net.load_state_dict({name: tensor.load().float() for name, tensor in self.tensors.items()})
         conditioner.load_state_dict({name: tensor.load().float() for name, tensor in self.rest.items()})
-        made = (conditioner, DigitCodec(), LATENT_SHAPE, (16, 16), sha256(self.weights), "none", False, self.recipe)
+        made = (conditioner, DigitCodec(), LATENT_SHAPE, (16, 16), self.weights, "none")
         return ModelBundle(self.name, self.architecture, denoiser.to(dtype or torch.float32), *made)
 
 
@@ -107,7 +150,8 @@ def test_a_family_distils_samples_exports_and_is_planned(toy, tmp_path, capsys):
 
     assert main(["export", str(run), "-o", str(again), "--dtype", "fp32"]) == 0
     recipe = read_recipe(again)
-    assert (recipe.architecture, recipe.prediction_type, recipe.timesteps) == ("toy", "v_prediction", (625, 312))
+    assert (recipe.architecture, recipe.prediction_type) == ("toy", "flow")
+    assert (recipe.timesteps, recipe.ladder) == ((999, 499), "explicit")  # those that it was trained on
     assert not torch.equal(load_file(again)["net.weight"], load_file(toy)["net.weight"])
     assert torch.equal(load_file(again)["words.weight"], load_file(toy)["words.weight"])
     assert main(["sample", str(again), "--prompt", PROMPT, "--count", "1", "--out", str(tmp_path / "a.png")]) == 0
@@ -126,52 +170,13 @@ def test_a_family_without_a_known_lora_refuses_adapters(toy, tmp_path):
         Trainer(load_config("demo", values), tmp_path / "run")
 
 
-# -- a schedule --------------------------------------------------------------------------------------------------------
-
-
-class FlowSchedule(NoiseSchedule):
-    """Rectified flow, ``x_t = (1 - t) x0 + t eps``: sigma is ``t / (1 - t)``, and the network predicts ``eps - x0``."""
-
-    prediction_type = "flow"
-
-    def sigma(self, timestep):
-        return timestep / (1000.0 - timestep)
-
-    def timestep(self, sigma):
-        return 1000 * sigma / (1 + sigma)
-
-    def scale_input(self, x, sigma):
-        return x / (1 + expand(sigma, x))
-
-    def to_x0(self, prediction, x, sigma):
-        return self.scale_input(x, sigma) - expand(sigma / (1 + sigma), x) * prediction.float()
-
-
-def test_a_flow_schedule_is_one_class(cond, unconditional, rng):
-    schedule = FlowSchedule()
-    t = torch.tensor([1, 250, 625, 999])
-    torch.testing.assert_close(schedule.timestep(schedule.sigma(t)), t.float())
-    x0, eps = torch.randn(2, 4, 1, 2, 2, generator=rng)
-    x = x0 + expand(schedule.sigma(t), x0) * eps  # what the rest of the code sees
-    share = t[:, None, None, None] / 1000
-    torch.testing.assert_close(schedule.scale_input(x, schedule.sigma(t)), (1 - share) * x0 + share * eps)
-    torch.testing.assert_close(schedule.to_x0(eps - x0, x, schedule.sigma(t)), x0, rtol=1e-3, atol=1e-3)
-
-    networks = [UNetDenoiser(build_unet(), schedule) for _ in range(3)]
-    distiller = Distiller(*networks, schedule, unconditional, LATENT_SHAPE, MethodConfig(guidance="lsg=1.5"))
-    draws = BatchRNG(rng)
-    for losses in (distiller.fake_score_loss(cond, 2, draws), distiller.generator_loss(cond, 2, draws)):
-        sum(losses.values()).backward()
-        assert all(loss.isfinite() for loss in losses.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in networks[0].parameters())
-
-
 # -- a method ----------------------------------------------------------------------------------------------------------
 
 
 class Regression(Method):
     """The generator repeats the teacher's estimate from pure noise: one network, one update."""
 
+    title = "Regression"
     trained = ("generator",)
 
     def __init__(self, setting: Setting):
@@ -211,8 +216,8 @@ def test_a_method_trains_its_own_networks(regression, tmp_path, capsys):
     assert {name.partition(".")[0] for name in state} == {
         *("generator", "generator_ema", "generator_optimizer", "rng", "step_rng")
     }
-    again = Trainer(load_config("demo", [*values]), tmp_path)
-    assert again.iteration == 2
+    assert Trainer(load_config("demo", values), tmp_path).iteration == 2
+    assert RunFolder(tmp_path).open_generator().recipe.title.endswith(", Regression 2-step")
 
     settings = [part for value in values for part in ("--set", value)]
     capsys.readouterr()

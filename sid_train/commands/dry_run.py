@@ -32,11 +32,12 @@ def describe_run(config: Config, run_dir: Path) -> str:
         CLIPScorer(config.training.clip_model)
     model = open_model(config.model.teacher, config.model.resolution)
     require_diffusion_model(model, config)
-    bundle = model.load(None, config.model.resolution, folder.sha256)
+    bundle = model.load(None, config.model.resolution)
+    bundle.file_hash = folder.sha256(bundle.weights)
     load_init_generator(config, model)
     facts = [
         ("teacher", f"{bundle.name} ({bundle.architecture}), {bundle.denoiser.schedule.prediction_type}"),
-        ("UNet", f"{count_parameters(bundle.denoiser.network) / 1e6:,.1f} million parameters"),
+        ("network", f"{count_parameters(bundle.denoiser.network) / 1e6:,.1f} million parameters"),
         (
             "pictures",
             f"{bundle.image_size[1]}x{bundle.image_size[0]}, latents {_shape(bundle.latent_shape)}",
@@ -49,9 +50,10 @@ def describe_run(config: Config, run_dir: Path) -> str:
         cond, source = cache.prompts().read([0]), "from the cache"
     else:
         cond, source = bundle.conditioner.encode(prompts[:1]), "encoded now"
+    told = ", ".join(f"{name} {_shape(tensor.shape)}" for name, tensor in cond.tensors.items())
     facts += [
         ("prompts", str(len(prompts))),
-        ("first prompt", f"{prompts[0]!r}, {source}: text {_shape(cond.text.shape)}"),
+        ("first prompt", f"{prompts[0]!r}, {source}: {told}"),
     ]
     if config.data.pairs:
         pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache)

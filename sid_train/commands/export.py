@@ -46,7 +46,7 @@ def export_any(
         if iteration:
             raise ValueError("--iteration: only for a run's folder")
         generator = open_generator(str(source), base)
-        under = open_model(base) if base and not generator.adapter else None
+        under = open_model(base) if base and format_ == "lora" and not generator.adapter else None
     else:
         generator = RunFolder(source).open_generator(iteration)
         under = open_model(base) if base else generator.model

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .noise_schedule import PREDICTION_TYPES, PredictionType, VPSchedule
+from .noise_schedule import PREDICTION_TYPES, VPSchedule
 from .sampling import NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, check_timesteps, timestep_ladder
 
@@ -30,6 +30,9 @@ SAMPLING_GUIDANCES: tuple[str, ...] = get_args(SamplingGuidance)
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 SAI_MODEL_SPEC = "1.0.0"
 LORA_SUFFIX = "/lora"
+FLOW = "flow"
+# What generic tools call the prediction types that they know.
+PREDICT_KEYS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def split_architecture(text: str) -> tuple[str, bool]:
@@ -59,6 +62,7 @@ class SiDRecipe:
         of ``t_init`` that is an error unless ``ladder`` is ``explicit``
     ladder: ``sid`` (t_init * (K - k) // K) or ``explicit`` (any other timesteps: LCM, DMD2 and their like)
     unit_variance_start: the network's first input is noise of unit variance (DMD2, LCM), not noised zeros (SiD)
+    prediction_type: what the network predicts: epsilon, v_prediction, or flow (the velocity of rectified flow)
     training_resolution: height and width in pixels
     base_model_hash: SHA-256 of the teacher's file, hex, or "" when unknown
     sampling_guidance, sampling_cfg: how to sample it; ``none`` and 1.0 for every SiD generator
@@ -67,7 +71,7 @@ class SiDRecipe:
 
     base_model: str = "SDXL 1.0"
     architecture: str = SDXL_ARCHITECTURE
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     timesteps: tuple[int, ...] = tuple(timestep_ladder(4))
     t_init: int = DEFAULT_T_INIT
@@ -89,7 +93,7 @@ class SiDRecipe:
             if value not in allowed:
                 raise RecipeError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}")
 
-        one_of("sid.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        one_of("sid.prediction_type", self.prediction_type, (*PREDICTION_TYPES, FLOW))
         one_of("sid.noise_mode", self.noise_mode, NOISE_MODES)
         one_of("sid.unconditional", self.unconditional, UNCONDITIONALS)
         one_of("sid.sampling.guidance", self.sampling_guidance, SAMPLING_GUIDANCES)
@@ -139,7 +143,7 @@ class SiDRecipe:
     def to_metadata(self) -> dict[str, str]:
         """Flat string metadata for a safetensors header: ``sid.*`` and the ``modelspec.*`` that other tools read."""
         height, width = self.training_resolution
-        return {
+        metadata = {
             "sid.format_version": str(FORMAT_VERSION),
             "sid.base_model": self.base_model,
             "sid.base_model_hash": self.base_model_hash,
@@ -166,9 +170,11 @@ class SiDRecipe:
             "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else "sid_train",
             "modelspec.title": self.title or self.default_title,
             "modelspec.resolution": f"{width}x{height}",
-            "modelspec.predict_key": "v" if self.prediction_type == "v_prediction" else "epsilon",
             "modelspec.license": self.licence,
         }
+        if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
+            metadata["modelspec.predict_key"] = key
+        return metadata
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str | Path) -> SiDRecipe:
@@ -221,11 +227,10 @@ class SiDRecipe:
 
     def describe(self) -> str:
         """The recipe for people: a line a fact, what matters for sampling first."""
-        sigmas = VPSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
-            ("sigmas", " ".join(f"{s:.4f}" for s in sigmas.tolist())),
+            *([("sigmas", self._sigmas())] if self.prediction_type in PREDICTION_TYPES else []),
             ("noise mode", self.noise_mode + ", first noise of unit variance" * self.unit_variance_start),
             ("sample with guidance", f"{self.sampling_guidance} (CFG {self.sampling_cfg:g})"),
             (
@@ -244,6 +249,10 @@ class SiDRecipe:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _sigmas(self) -> str:
+        sigmas = VPSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
+        return " ".join(f"{s:.4f}" for s in sigmas.tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -13,8 +13,13 @@ class BatchRNG:
     generators start in one state get the rows of one draw. ``count`` is always the number of samples in a part.
     """
 
-    def __init__(self, generator: torch.Generator, part: int = 0, parts: int = 1):
+    def __init__(
+        self, generator: torch.Generator, part: int = 0, parts: int = 1, on_host: list[list[int]] | None = None
+    ):
         self.generator, self.part, self.parts = generator, part, parts
+        # What parts of one batch drew on the host, in order: they all draw the same, so the device is asked once.
+        self.on_host = [] if on_host is None else on_host
+        self.host_draws = 0
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +42,18 @@ class BatchRNG:
         shape = (count * self.parts,)
         return torch.randint(low, high, shape, generator=self.generator, device=self.device)[self.rows(count)]
 
+    def indices(self, high: int, count: int) -> list[int]:
+        """``randint(0, high, count)`` on the host."""
+        shape = (count * self.parts,)
+        drawn = torch.randint(high, shape, generator=self.generator, device=self.device)
+        return self._host(drawn)[self.rows(count)]
+
     def integer(self, high: int) -> int:
         """One integer in [0, high) for the whole batch, the same in every part."""
-        return int(torch.randint(high, (1,), generator=self.generator, device=self.device).item())
+        return self._host(torch.randint(high, (1,), generator=self.generator, device=self.device))[0]
+
+    def _host(self, drawn: Tensor) -> list[int]:
+        if self.host_draws == len(self.on_host):
+            self.on_host.append(drawn.tolist())
+        self.host_draws += 1
+        return self.on_host[self.host_draws - 1]

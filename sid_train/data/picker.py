@@ -19,4 +19,4 @@ class RowPicker:
     def draw(self, batch: int, rng: BatchRNG) -> list[int]:
         """``batch`` rows, uniformly with replacement from the group of a uniformly drawn row."""
         members = self.members[self.groups[rng.integer(len(self.groups))]]
-        return [members[i] for i in rng.randint(0, len(members), batch).tolist()]
+        return [members[i] for i in rng.indices(len(members), batch)]

@@ -79,7 +79,7 @@ class PromptTable:
 
     def draw_rows(self, batch: int, rng: BatchRNG) -> list[int]:
         """``batch`` rows, uniformly with replacement: the generator is all the state."""
-        return rng.randint(0, len(self.prompts), batch).tolist()
+        return rng.indices(len(self.prompts), batch)
 
     def draw(self, batch: int, rng: BatchRNG) -> Conditioning:
         """The conditioning of ``batch`` prompts."""

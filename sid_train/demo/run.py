@@ -21,7 +21,7 @@ from ..files.logs import append_log, rewind_log
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
 from ..models.digits.model import ARCHITECTURE
-from ..models.families import export_generator, load_generator, load_model
+from ..models.families import export_generator, load_generator, load_model, open_generator
 from ..models.family import ExportOptions
 from ..sample import sample_images
 from ..training.callbacks import Callback, Run
@@ -131,7 +131,7 @@ def run_demo(
 
 
 def _decide_iterations(config: Config, out: Path, minutes: float | None) -> int:
-    """The recipe's fixed number, or what fits into ``minutes`` on this machine; that is measured once and kept."""
+    """What the configuration says, or what fits into ``minutes`` on this machine, which is measured once and kept."""
     if minutes is None:
         return config.training.iterations
     if not minutes > 0:
@@ -166,10 +166,10 @@ def _seconds_per_iteration(config: Config) -> float:
 
 def evaluate_generator(source: str) -> dict:
     """``rows`` (held-out prompts) and ``rows_trained_prompts`` for an exported generator, as in ``metrics.json``."""
-    generator, recipe = load_generator(source)
-    if generator.architecture != ARCHITECTURE:
-        raise ValueError(f"{source}: expected a generator of the demo's digits, got one of {generator.architecture}")
-    teacher = load_model("demo")
+    opened, teacher = open_generator(source), load_model("demo")
+    if opened.model.architecture != ARCHITECTURE:
+        raise ValueError(f"{source}: expected a generator of the demo's digits, got one of {opened.model.architecture}")
+    generator, recipe = opened.load(), opened.recipe
     rows = _all_rows(teacher, generator, recipe, load_baselines(teacher))
     return _as_dicts(rows)
 

@@ -44,7 +44,12 @@ class Update:
     @property
     def name(self) -> str:
         """For logs, errors and plans."""
-        return self.network.replace("_", " ")
+        return role_name(self.network)
+
+
+def role_name(role: str) -> str:
+    """A network's role in words."""
+    return role.replace("_", " ")
 
 
 class TrainingSettings(Protocol):
@@ -54,8 +59,18 @@ class TrainingSettings(Protocol):
     def fake_score_updates(self) -> int: ...
 
 
+class DataSettings(Protocol):
+    """What a method reads of the data's configuration."""
+
+    @property
+    def pairs(self) -> str: ...
+
+
 class MethodSettings(Protocol):
     """What a method reads of a run's configuration."""
+
+    @property
+    def data(self) -> DataSettings: ...
 
     @property
     def method(self) -> MethodConfig: ...
@@ -72,15 +87,13 @@ class Setting:
     """What a method is built from.
 
     networks: by role, as they are called with gradients for themselves: those that it trains, and the teacher
-    unwrapped: the same networks without a data-parallel wrapper, for gradients that only pass through
-    generator_ema: the generator's running average
+    unwrapped: the trained ones without a data-parallel wrapper, for gradients that only pass through
     unconditional: the embedding of no text, a single row
     latent_shape: channels, height, width
     """
 
     networks: Mapping[str, Network]
     unwrapped: Mapping[str, Denoiser]
-    generator_ema: Denoiser
     schedule: NoiseSchedule
     unconditional: Conditioning
     latent_shape: tuple[int, ...]
@@ -91,10 +104,22 @@ class Method(ABC):
     """A distillation method: which networks it trains, and the updates of an iteration. It knows no ranks, optimizers
     or files.
 
+    title: what the files that it makes are called
     trained: the roles of its trained networks; ``generator`` is one of them, and each starts as a copy of the teacher
     """
 
+    title: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def check(cls, config: MethodSettings) -> None:
+        """ValueError for a configuration of which the method would ignore something."""
+        return
+
+    @classmethod
+    def summary(cls, config: MethodSettings) -> dict[str, str]:
+        """What a file's recipe says of its training, beside what every method's says."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -104,6 +129,12 @@ class Method(ABC):
     @abstractmethod
     def draw_step(self, rng: torch.Generator) -> int:
         """The step k in 1..K of the chain that an iteration works on; ``rng`` is the same on all ranks."""
+
+    def planned_step(self) -> tuple[int, float]:
+        """A step whose updates need as much memory as any; and by how many calls of the generator without gradient an
+        update has more on average than at that step.
+        """
+        return 1, 0.0
 
     @abstractmethod
     def updates(self, step: int, images_seen: int) -> list[Update]:

@@ -17,7 +17,7 @@ from ..core.rng import BatchRNG
 from ..core.sampling import few_step_sample, ladder_sigmas, noise_sampler
 from ..models.conditioning import Conditioning, RealBatch
 from ..models.denoiser import Network, logits
-from .base import Batch, Losses, Method, Setting, Update
+from .base import Batch, Losses, Method, MethodSettings, Setting, Update
 from .config import GANConfig, MethodConfig
 from .guidance import guided_denoise, guided_denoise_with_logits
 from .losses import (
@@ -37,7 +37,25 @@ class Distiller(Method):
         none: without a data-parallel wrapper, which would wait for them. A network that is not wrapped is both.
     """
 
+    title = "SiD"
     trained = ("generator", "fake_score")
+
+    @classmethod
+    def check(cls, config: MethodSettings) -> None:
+        if config.gan.enabled and not config.data.pairs:
+            raise ValueError(
+                "gan.generator_weight: the GAN branch needs real pairs: set data.pairs, or the weight to 0"
+            )
+        if config.data.pairs and not config.gan.enabled:
+            raise ValueError("data.pairs: unused while gan.generator_weight is 0: set that weight, or drop the pairs")
+
+    @classmethod
+    def summary(cls, config: MethodSettings) -> dict[str, str]:
+        return {
+            "matching": config.method.matching,
+            "alpha": f"{config.method.alpha:g}",
+            "data": "real pairs with the Diffusion-GAN loss" if config.gan.enabled else "prompts only (data-free)",
+        }
 
     def __init__(
         self,
@@ -88,6 +106,13 @@ class Distiller(Method):
         if self.method.matching == "final":
             return self.method.steps
         return int(torch.randint(1, self.method.steps + 1, (1,), generator=rng).item())
+
+    def planned_step(self) -> tuple[int, float]:
+        """Every step before the last runs without gradient and leaves nothing behind: one of them is enough."""
+        steps = self.method.steps
+        if self.method.matching == "final":
+            return steps, 0.0
+        return min(steps, 2), (steps + 1) / 2 - min(steps, 2)
 
     def _noise(self, batch: int, rng: BatchRNG) -> Tensor:
         return rng.randn(batch, *self.latent_shape)

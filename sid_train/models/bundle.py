@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ..core.recipe import SiDRecipe, Unconditional
+from ..core.recipe import Unconditional
+from ..files.hashing import file_sha256
 from .conditioning import Conditioner, Conditioning, LatentCodec
 from .denoiser import Denoiser
 
@@ -19,8 +22,7 @@ class ModelBundle:
 
     latent_shape: channels, height, width
     image_size: height and width in pixels
-    file_hash: SHA-256 of the file the weights came from, hex
-    recipe: how to sample it, where it is a SiD generator
+    weights: the file that the network's weights came from
     """
 
     name: str
@@ -30,10 +32,14 @@ class ModelBundle:
     codec: LatentCodec
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]
-    file_hash: str
+    weights: Path
     licence: str
     zero_terminal_snr: bool = False
-    recipe: SiDRecipe | None = None
+
+    @cached_property
+    def file_hash(self) -> str:
+        """SHA-256 of ``weights``, hex. Whoever knows it already sets it: the file may be large."""
+        return file_sha256(self.weights)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ModelBundle:
         """Where everything is computed from now on; ``dtype`` is the network's (text encoders and VAE stay fp32)."""

@@ -97,6 +97,7 @@ def _family_named(architecture: str, where: str) -> ModelFamily:
 def load_generator(source: str, base: str | None = None, resolution: int = 0) -> tuple[ModelBundle, SiDRecipe]:
     """A generator (see ``open_generator``), fp32 on the CPU, and its recipe."""
     generator = open_generator(source, base)
+    _family_named(generator.model.architecture, source).check_resolution(resolution)
     return generator.load(resolution), generator.recipe
 
 

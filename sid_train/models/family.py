@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,15 +14,12 @@ from torch import Tensor
 
 from ..core.recipe import SiDRecipe, split_architecture
 from ..files.atomic import replacing
-from ..files.hashing import file_sha256
 from ..files.tensors import DTYPES, LazyTensor
 from .adapters import Adapter, lora_difference
 from .bundle import ModelBundle, ModelShapes
 from .conditioning import PairSource
 
 Tensors = Mapping[str, LazyTensor]
-Hash = Callable[[Path], str]
-"""SHA-256 of a file, hex."""
 
 
 @dataclass(kw_only=True)
@@ -35,7 +32,7 @@ class OpenedModel(ABC):
     tensors: of the network
     weights: the file they are in, by whose SHA-256 runs and caches know the model
     rest: what else its file holds, by its names there
-    recipe: how to sample it, where it is a SiD generator
+    is_generator: whether it is a few-step generator, with a recipe
     """
 
     architecture: ClassVar[str]
@@ -45,10 +42,10 @@ class OpenedModel(ABC):
     tensors: Tensors
     weights: Path
     rest: Tensors = field(default_factory=dict)
-    recipe: SiDRecipe | None = None
+    is_generator: bool = False
 
     @abstractmethod
-    def load(self, dtype: torch.dtype | None, resolution: int = 0, sha256: Hash = file_sha256) -> ModelBundle:
+    def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
         """The model on the CPU, its network in ``dtype``; None leaves the network out where it is large (on the meta
         device).
 
@@ -85,8 +82,7 @@ class Generator:
     def load(self, resolution: int = 0) -> ModelBundle:
         """The generator in fp32 on the CPU, for pictures of the size that it was trained for if none is given."""
         model = self.model.with_tensors(self.merged())
-        bundle = model.load(torch.float32, resolution or self.recipe.training_resolution[0])
-        return replace(bundle, recipe=self.recipe)
+        return model.load(torch.float32, resolution or self.recipe.training_resolution[0])
 
 
 def merge_lora(network: Tensors, adapter: Adapter) -> Tensors:

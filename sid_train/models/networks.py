@@ -13,7 +13,7 @@ from .adapter_config import AdapterConfig
 from .adapters import Adapter, AdapterDenoiser, SharedNetwork, copy_adapter
 from .denoiser import Denoiser
 
-EMA, TEACHER = "generator_ema", SharedNetwork.TEACHER
+AVERAGE, TEACHER = "generator_ema", SharedNetwork.TEACHER
 
 
 @dataclass
@@ -37,10 +37,11 @@ def build_networks(
     place: Callable[[Denoiser], object],
     trained: tuple[str, ...],
 ) -> Networks:
-    """Networks with the teacher's weights (the generator: ``init_generator``'s, where there is one), both on the CPU.
+    """Networks with the teacher's weights; generator and average start from ``init_generator`` where there is one.
 
-    Whole networks are trained in fp32; ``frozen_dtype`` is that of the teacher, over which adapters are put in place.
-    ``place`` moves each network, once it is made, to where it computes: main memory holds one copy at a time.
+    Teacher and ``init_generator`` are on the CPU. Whole networks are trained in fp32; ``frozen_dtype`` is that of the
+    teacher, over which adapters are put in place. ``place`` moves each network, once it is made, to where it computes:
+    main memory holds one copy at a time.
 
     trained: the roles that the method trains
     """
@@ -75,13 +76,13 @@ def _adapters(
     gradient_checkpointing: bool,
     trained: tuple[str, ...],
 ) -> Networks:
-    shared = SharedNetwork(teacher, adapter, (*trained, EMA))
+    shared = SharedNetwork(teacher, adapter, (*trained, AVERAGE))
     if gradient_checkpointing:
         shared.use_checkpointing()
-    roles = {role: AdapterDenoiser(shared, role) for role in (*trained, EMA, TEACHER)}
+    roles = {role: AdapterDenoiser(shared, role) for role in (*trained, AVERAGE, TEACHER)}
     if init_generator is not None:
         shared.load("generator", init_generator)
-    copy_adapter(roles["generator"], roles[EMA])
+    copy_adapter(roles["generator"], roles[AVERAGE])
     for role in trained:
         roles[role].requires_grad_(True)
-    return Networks({role: roles[role] for role in trained}, roles[EMA], roles[TEACHER])
+    return Networks({role: roles[role] for role in trained}, roles[AVERAGE], roles[TEACHER])

@@ -192,6 +192,7 @@ class Planner:
             micro_batch,
             compute_dtype,
             min(training.accumulate, 2),
+            training.fake_score_updates,
             training.gradient_checkpointing,
             training.mixed_precision,
             makes_pictures(training),
@@ -383,22 +384,16 @@ def _one_pass(trace: Trace, config: Config, role: Role) -> list[Call]:
 
 
 def _missing_calls(trace: Trace, config: Config, role: Role) -> tuple[float, Call | None]:
-    """How many more calls of the generator without gradient an update has on average than the trace, and one of them.
-
-    The trace has at most one step before the last; a run draws the last step uniformly from 1 to K.
+    """How many more calls of the generator without gradient an update has on average than the trace, and one of them;
+    None where an update has no such call.
     """
     calls = [c for c in _one_pass(trace, config, role) if c.role == "generator" and not c.with_gradient]
-    steps = config.method.steps
-    if config.method.matching == "final" or not calls:
-        return 0.0, None
-    expected = (steps + 1) / 2 - (role == "generator")
-    return expected - len(calls), calls[0]
+    return (trace.extra_calls, calls[0]) if calls else (0.0, None)
 
 
-def _repeats(config: Config, role: Role) -> int:
+def _repeats(trace: Trace, config: Config, role: Role) -> int:
     """Micro-batches an iteration, on each GPU."""
-    training = config.training
-    return training.accumulate * (training.fake_score_updates if role == "fake score" else 1)
+    return config.training.accumulate * trace.repeats[role]
 
 
 def _flops(trace: Trace, config: Config) -> int:
@@ -406,7 +401,7 @@ def _flops(trace: Trace, config: Config) -> int:
     total = 0.0
     for role in trace.trained:
         more, call = _missing_calls(trace, config, role)
-        total += _repeats(config, role) * (trace.flops[role] + (more * call.flops if call else 0))
+        total += _repeats(trace, config, role) * (trace.flops[role] + (more * call.flops if call else 0))
     return round(total)
 
 
@@ -421,6 +416,6 @@ def _calls(trace: Trace, config: Config) -> list[NetworkCalls]:
         if missing is not None:
             counts[(missing.role, missing.pictures, missing.encoder_only, missing.with_gradient)] += more
         for (role, pictures, encoder_only, with_gradient), count in counts.items():
-            calls = count * _repeats(config, update)
+            calls = count * _repeats(trace, config, update)
             found.append(NetworkCalls(update, role, calls, pictures, encoder_only, with_gradient))
     return found

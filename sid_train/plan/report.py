@@ -97,7 +97,7 @@ def fit_table(reserve: float, progress: bool = False) -> str:
     """Markdown: what each of them needs, with one picture a micro-batch and a cache of encoded data."""
     planners: dict[tuple[str, int], Planner] = {}
     rows = [
-        "| recipe | " + " | ".join(f"{gpus}x{memory} GB" for gpus, memory in TABLE_HARDWARE) + " |",
+        "| configuration | " + " | ".join(f"{gpus}x{memory} GB" for gpus, memory in TABLE_HARDWARE) + " |",
         "|---" * (len(TABLE_HARDWARE) + 1) + "|",
     ]
     for name in table_configs():

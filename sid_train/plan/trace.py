@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor, autocast, nn
 from ..config import Config, TrainingConfig
 from ..core.rng import BatchRNG
 from ..data.config import DataConfig
-from ..method.base import Batch, Losses, Update
+from ..method.base import Batch, Losses, Update, role_name
 from ..method.methods import METHODS
 from ..models.bundle import ModelShapes
 from ..models.conditioning import Conditioning, RealBatch
@@ -66,6 +67,11 @@ class Trace:
     micro_batch: int
     trained_shapes: dict[Role, list[int]] = field(default_factory=dict)
     """The number of elements of every parameter that is trained, in the order of the updates."""
+
+    repeats: dict[Role, int] = field(default_factory=dict)
+    """How many updates of each network an iteration has."""
+    extra_calls: float = 0.0
+    """How many more calls of the generator without gradient an update has on average than were traced."""
 
     @property
     def trained(self) -> list[Role]:
@@ -156,10 +162,9 @@ class _Run:
                 self.shapes.latent_shape,
                 wrapped=networks.trained,
             )
-            # Every earlier step runs without gradient and leaves nothing behind: one of them is enough.
-            step = config.method.steps if config.method.matching == "final" else min(config.method.steps, 2)
-            # Late enough for all that waits, and each network's update once.
-            updates = {update.network: update for update in method.updates(step, images_seen=LATE)}
+            step, extra_calls = method.planned_step()
+            every = method.updates(step, images_seen=LATE)  # late enough for all that waits
+            updates = {update.network: update for update in every}  # each network's once
             optimizers = {role: self._optimizer(role) for role in updates}
             ema = make_ema(config.optimizer, networks.generator_ema)
             for role, update in updates.items():
@@ -176,6 +181,8 @@ class _Run:
             parameters,
             self.micro_batch,
             {update.name: [p.numel() for p in networks.trained[role].parameters()] for role, update in updates.items()},
+            Counter(update.name for update in every),
+            extra_calls,
         )
 
     # -- networks ------------------------------------------------------------------------------------------------
@@ -211,7 +218,7 @@ class _Run:
         return count
 
     def _roles(self) -> list[tuple[Role, nn.Module]]:
-        trained = [(role.replace("_", " "), network) for role, network in self.networks.trained.items()]
+        trained = [(role_name(role), network) for role, network in self.networks.trained.items()]
         return [*trained, ("EMA", self.networks.generator_ema), ("teacher", self.networks.teacher)]
 
     def _watch_calls(self) -> None:
@@ -248,7 +255,7 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         states = [s for state in optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
-        self.tracker.relabel(states, f"{role.replace('_', ' ')}: optimizer states")
+        self.tracker.relabel(states, f"{role_name(role)}: optimizer states")
         return optimizer
 
     # -- data ----------------------------------------------------------------------------------------------------

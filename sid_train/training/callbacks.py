@@ -35,7 +35,9 @@ class Run(Protocol):
     bundle: ModelBundle
     prompts: PromptTable
     iteration: int
-    images_seen: int
+
+    @property
+    def images_seen(self) -> int: ...
 
     @property
     def is_main_process(self) -> bool: ...

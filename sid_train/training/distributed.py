@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..core.rng import BatchRNG
 from ..models.denoiser import Denoiser
+
+T = TypeVar("T")
 
 
 def is_first_process() -> bool:
@@ -80,9 +83,10 @@ def batch_generator(accelerator: Accelerator, seed: int) -> torch.Generator:
 def batch_parts(accelerator: Accelerator, generator: torch.Generator, micro_batches: int) -> Iterator[BatchRNG]:
     """The draws for this rank's part of each micro-batch. Every part draws for the whole batch, from the same state."""
     ranks, state = accelerator.num_processes, generator.get_state()
+    on_host: list[list[int]] = []
     for micro_batch in range(micro_batches):
         generator.set_state(state)
-        yield BatchRNG(generator, micro_batch * ranks + accelerator.process_index, micro_batches * ranks)
+        yield BatchRNG(generator, micro_batch * ranks + accelerator.process_index, micro_batches * ranks, on_host)
 
 
 # -- networks ------------------------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[D
     """What puts a network where it computes: on this rank's device, whole or this rank's part of it."""
     if not is_sharded(accelerator, training):
         return lambda network: network.to(accelerator.device)
-    # Not every build of PyTorch has these.
+    # Imported here: not every build of PyTorch has torch.distributed.
     from torch.distributed.device_mesh import init_device_mesh
 
     from .sharding import shard
@@ -139,12 +143,21 @@ def on_every_rank(accelerator: Accelerator, value: int) -> list[int]:
     return accelerator.gather(torch.tensor([value], device=accelerator.device)).tolist()
 
 
-def first_rank_says(accelerator: Accelerator, compute: Callable[[], str]) -> str:
-    """What ``compute`` gives on the first rank, on every rank; every rank must call it."""
-    value = [compute() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(value)
-    return str(value[0])
+def on_first_rank(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What ``act`` gives on the first rank, on every rank. All must call it; where it fails, all of them raise."""
+    if accelerator.num_processes == 1:
+        return act()
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = act()
+        except (OSError, ValueError) as error:
+            told[1] = str(error)
+    broadcast_object_list(told)
+    value, problem = told
+    if problem is not None:
+        raise ValueError(problem)
+    return value
 
 
 def mean_over_ranks(accelerator: Accelerator, values: list[Tensor]) -> list[float]:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from filelock import FileLock, Timeout
 
 from ..config import FREE_KEYS, Config, config_from_dict, read_toml
-from ..core.noise_schedule import PredictionType
 from ..core.recipe import SiDRecipe, TrainingGuidance
 from ..core.timesteps import timestep_ladder
 from ..evaluation.metric import CLIP_SCORE
 from ..files.atomic import write_text
 from ..files.hashing import file_sha256
 from ..files.logs import read_log
+from ..method.methods import METHODS
 from ..models.adapters import adapter_from_state
 from ..models.bundle import ModelBundle
 from ..models.families import open_model
 from ..models.family import Generator
-from ..models.networks import EMA
+from ..models.networks import AVERAGE
 from .checkpoint import Facts, open_network, read_facts, read_network
 
 
@@ -67,23 +64,28 @@ class RunFolder:
         """Makes the folder that of a run with this configuration."""
         write_text(self.config_file, config.to_toml())
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Around a run: ValueError while another process trains in this folder."""
+    def lock(self) -> FileLock:
+        """A lock on the folder, held until it is released. ValueError while another process trains here."""
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"{self.path}: another process is training in this folder: wait until it ends, or choose another --out"
             ) from None
+        except NotImplementedError:  # a file system without locks: nobody can hold one there
+            pass
+        return lock
 
     # -- the teacher ---------------------------------------------------------------------------------------------
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of the teacher's file, hex: what ``remember_teacher`` kept of the very same file, or computed."""
-        kept = json.loads(self._teacher.read_text(encoding="utf-8")) if self._teacher.is_file() else {}
+        try:
+            kept = json.loads(self._teacher.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is none, or it is torn
+            return file_sha256(path)
         return str(kept["sha256"]) if kept.get("file") == _identity(path) else file_sha256(path)
 
     def remember_teacher(self, path: Path, sha256: str) -> None:
@@ -125,7 +127,7 @@ class RunFolder:
 
     def scores(self, metric: str) -> Path:
         """The log of a metric of the snapshots' pictures."""
-        return self.path / f"{metric.removesuffix('_score')}.jsonl"
+        return self.path / ("clip.jsonl" if metric == CLIP_SCORE else f"scores-{metric}.jsonl")
 
     def grid(self, iteration: int) -> Path:
         return self.path / "grids" / f"{iteration:06d}.png"
@@ -149,13 +151,14 @@ class RunFolder:
         """The averaged generator (see ``generator_file``) with its recipe, none of it read."""
         config, path = self.read_config(), self.generator_file(iteration)
         model = open_model(config.model.teacher)
-        bundle = model.load(None, config.model.resolution, self.sha256)
+        bundle = model.load(None, config.model.resolution)
+        bundle.file_hash = self.sha256(bundle.weights)
         facts = read_facts(path)
         require_same_teacher(facts, bundle, path)
         recipe = make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
         if config.adapter.rank:
-            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, EMA)))
-        network = {name.removeprefix(model.prefix): tensor for name, tensor in open_network(path, EMA).items()}
+            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)))
+        network = {name.removeprefix(model.prefix): tensor for name, tensor in open_network(path, AVERAGE).items()}
         return Generator(model, recipe, network)
 
 
@@ -176,31 +179,30 @@ def require_same_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:
 
 def make_recipe(config: Config, teacher: ModelBundle, iterations: int, images_seen: int) -> SiDRecipe:
     """The recipe of a generator that ``config`` distilled from ``teacher``."""
-    method, strategy = config.method, config.method.strategy
-    prediction_type = cast(PredictionType, teacher.denoiser.schedule.prediction_type)  # the recipe checks it
+    method, strategy, kind = config.method, config.method.strategy, METHODS[config.method.kind]
+    timesteps = teacher.denoiser.schedule.ladder(method.steps, method.t_init)
     return SiDRecipe(
         base_model=teacher.name,
         architecture=teacher.architecture,
-        prediction_type=prediction_type,
+        prediction_type=teacher.denoiser.schedule.prediction_type,
         zero_terminal_snr=teacher.zero_terminal_snr,
         unconditional=config.model.unconditional,
-        timesteps=tuple(timestep_ladder(method.steps, method.t_init)),
-        t_init=method.t_init,
+        timesteps=tuple(timesteps),
+        t_init=timesteps[0],
+        ladder="sid" if timesteps == timestep_ladder(method.steps, method.t_init) else "explicit",
         noise_mode=method.noise_mode,
         training_resolution=teacher.image_size,
         base_model_hash=teacher.file_hash,
         licence=teacher.licence,
-        title=f"{teacher.name}, SiD {method.steps}-step",
+        title=f"{teacher.name}, {kind.title} {method.steps}-step",
         guidance=TrainingGuidance(strategy.name, strategy.fake_train, strategy.fake_eval, strategy.teacher),
         training_summary={
             "iterations": str(iterations),
             "images seen": str(images_seen),
             "batch size": str(config.training.batch_size),
-            "matching": method.matching,
-            "alpha": f"{method.alpha:g}",
             "generator learning rate": f"{config.optimizer.generator_lr:g}",
             "fake score learning rate": f"{config.optimizer.fake_score_lr:g}",
-            "data": "real pairs with the Diffusion-GAN loss" if config.gan.enabled else "prompts only (data-free)",
             "started from": "a SiD generator" if config.model.init_generator else "the teacher",
+            **kind.summary(config),
         },
     )

@@ -24,22 +24,21 @@ from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, PairSource
 from ..models.denoiser import Denoiser, Network
 from ..models.families import load_model, open_model
-from ..models.family import Hash, OpenedModel
+from ..models.family import OpenedModel
 from ..models.networks import TEACHER, Networks, build_networks
-from .distributed import is_sharded, placement
+from .distributed import is_sharded, on_first_rank, placement
 from .ema import EMA
+from .run import RunFolder
 
 
 @dataclass
 class Parts:
     """A run's parts, each where it computes.
 
-    model: the teacher as it was opened
     networks, optimizers: those that are trained, by role; data-parallel wrappers are around the networks where there
         are several processes
     """
 
-    model: OpenedModel
     bundle: ModelBundle
     networks: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -50,14 +49,15 @@ class Parts:
     method: Method
 
 
-def set_up(config: Config, accelerator: Accelerator, sha256: Hash) -> Parts:
+def set_up(config: Config, accelerator: Accelerator, folder: RunFolder) -> Parts:
     """Builds all of it. ValueError for what the configuration asks and the files do not give."""
     training, data = config.training, config.data
     # Only adapters leave the network as it is; whole networks start from fp32 copies.
     dtype = DTYPES[config.model.frozen_dtype] if config.adapter.rank else torch.float32
     model = open_model(config.model.teacher, config.model.resolution)
     require_diffusion_model(model, config)
-    bundle = model.load(dtype, config.model.resolution, sha256)
+    bundle = model.load(dtype, config.model.resolution)
+    bundle.file_hash = on_first_rank(accelerator, lambda: folder.sha256(bundle.weights))
     built = build_networks(
         bundle.denoiser,
         load_init_generator(config, model),
@@ -82,7 +82,7 @@ def set_up(config: Config, accelerator: Accelerator, sha256: Hash) -> Parts:
     method = make_method(
         config, built, bundle.denoiser.schedule, prompts.unconditional, bundle.latent_shape, wrapped=networks
     )
-    return Parts(model, bundle, networks, optimizers, ema, built.teacher, prompts, pairs, method)
+    return Parts(bundle, networks, optimizers, ema, built.teacher, prompts, pairs, method)
 
 
 def make_method(
@@ -96,8 +96,7 @@ def make_method(
     """The method that ``method.kind`` names, over ``networks``; ``wrapped``: the trained ones, as they are called."""
     setting = Setting(
         networks={**wrapped, TEACHER: networks.teacher},
-        unwrapped={**networks.trained, TEACHER: networks.teacher},
-        generator_ema=networks.generator_ema,
+        unwrapped=networks.trained,
         schedule=schedule,
         unconditional=unconditional,
         latent_shape=latent_shape,
@@ -134,7 +133,7 @@ def adam_class(kind: str) -> Callable[..., torch.optim.Optimizer]:
 
 def require_diffusion_model(teacher: OpenedModel, config: Config) -> None:
     """ValueError for a teacher that is a few-step generator itself."""
-    if teacher.recipe is not None:
+    if teacher.is_generator:
         raise ValueError(f"model.teacher: {config.model.teacher} is a few-step generator: expected a diffusion model")
 
 

@@ -6,13 +6,14 @@ import signal
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock
 from torch import Tensor
 
 from ..config import Config
 from ..core.recipe import SiDRecipe
 from ..errors import Interrupted, NonFiniteError
 from ..models.conditioning import Conditioning
-from ..models.networks import EMA as AVERAGE
+from ..models.networks import AVERAGE
 from ..sample import sample_latents
 from .callbacks import Callback, Progress, log_image
 from .checkpoint import (
@@ -29,10 +30,10 @@ from .distributed import (
     any_rank,
     batch_generator,
     check_processes,
-    first_rank_says,
     make_accelerator,
     micro_batch_size,
     on_every_rank,
+    on_first_rank,
     seed_everything,
     step_generator,
 )
@@ -52,7 +53,7 @@ class Trainer:
         self.accelerator = make_accelerator(training, run_dir)
         check_processes(self.accelerator)
         micro_batch_size(self.accelerator, training)  # refuses one that cannot be, before anything large is read
-        parts = set_up(config, self.accelerator, self._sha256)
+        parts = set_up(config, self.accelerator, self.folder)
         self.bundle, self.method, self.ema = parts.bundle, parts.method, parts.ema
         self.networks, self.optimizers, self.teacher = parts.networks, parts.optimizers, parts.teacher
         self.prompts = parts.prompts
@@ -60,8 +61,7 @@ class Trainer:
         self.rng = batch_generator(self.accelerator, training.seed)
         self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng)
         self.iteration = 0  # finished ones
-        self.images_seen = 0  # a batch an iteration, over all ranks, however many updates it has
-        self._continue_or_claim(parts.model.weights)
+        self._continue_or_claim()
         every = [Progress(training.log_every), *(callbacks or [])]
         self.callbacks = [c for c in every if c.every_rank or self.is_main_process]
 
@@ -69,10 +69,25 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the end. Ctrl-C and SIGTERM save first and raise Interrupted."""
-        if not self.is_main_process:
-            return self._run()
-        with self.folder.locked():
-            return self._run()
+        self._lock: FileLock | None = None
+        on_first_rank(self.accelerator, self._begin)
+        try:
+            self._run()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _begin(self) -> None:
+        """Nobody else trains in the folder from now on, and nobody did since this run was made."""
+        self._lock = self.folder.lock()
+        checkpoint = self.folder.last_checkpoint()
+        there = 0 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
+        if there != self.iteration:
+            raise ValueError(
+                f"{self.folder.path}: another process has trained here up to iteration {there} since this one read "
+                f"iteration {self.iteration}: the same command continues from there"
+            )
+        self.folder.remember_teacher(self.bundle.weights, self.bundle.file_hash)
 
     def _run(self) -> None:
         training = self.config.training
@@ -108,10 +123,10 @@ class Trainer:
         self._set_learning_rates()
         drawn = self.method.draw_step(self.step_rng)
         updates = self.method.updates(step or drawn, self.images_seen)
-        self.images_seen += training.batch_size
+        seen_after = self.images_seen + training.batch_size
         logged: dict[str, list[float]] = {}
         for update in updates:
-            if update.network == "generator" and self.images_seen <= training.generator_start_images:
+            if update.network == "generator" and seen_after <= training.generator_start_images:
                 continue
             network, optimizer = self.networks[update.network], self.optimizers[update.network]
             try:
@@ -124,7 +139,7 @@ class Trainer:
             for name, value in losses.items():
                 logged.setdefault(name, []).append(value)
             if update.network == "generator":
-                self.ema.update(self.accelerator.unwrap_model(network), self.images_seen, training.batch_size)
+                self.ema.update(self.accelerator.unwrap_model(network), seen_after, training.batch_size)
         return {name: sum(values) / len(values) for name, values in logged.items()}
 
     def _set_learning_rates(self) -> None:
@@ -141,6 +156,11 @@ class Trainer:
             callback.on_end(self)
 
     # -- what callbacks ask (``callbacks.Run``) ------------------------------------------------------------------
+
+    @property
+    def images_seen(self) -> int:
+        """A batch an iteration, over all ranks, however many updates are made of it."""
+        return self.iteration * self.config.training.batch_size
 
     @property
     def is_main_process(self) -> bool:
@@ -185,7 +205,7 @@ class Trainer:
             save_checkpoint(path, networks, optimizers, generators, facts)
         self.accelerator.wait_for_everyone()
 
-    def _continue_or_claim(self, teacher: Path) -> None:
+    def _continue_or_claim(self) -> None:
         """Loads the last checkpoint; without one the folder becomes this run's. Not before everything else accepted the
         configuration: a folder is claimed by a run that can start.
         """
@@ -199,21 +219,23 @@ class Trainer:
         if checkpoint is not None:
             facts = load_checkpoint(checkpoint, *self._state())
             require_same_teacher(facts, self.bundle, checkpoint)
-            self.iteration, self.images_seen = int(facts["iteration"]), int(facts["images_seen"])
-        elif self.is_main_process:
+            self.iteration = int(facts["iteration"])
+        else:
+            on_first_rank(self.accelerator, self._claim)
+
+    def _claim(self) -> None:
+        lock = self.folder.lock()
+        try:
+            self.folder.require_config(self.config)  # again: another run may have claimed the folder meanwhile
             self.folder.claim(self.config)
-        if self.is_main_process:
-            self.folder.remember_teacher(teacher, self.bundle.file_hash)
+        finally:
+            lock.release()
 
     def _state(self) -> tuple[Networks, Optimizers, Generators]:
         """Everything that a run continues from, by the names in its checkpoints."""
         networks = {role: self.accelerator.unwrap_model(network) for role, network in self.networks.items()}
         optimizers = {f"{role}_optimizer": adam for role, adam in self.optimizers.items()}
         return networks | {AVERAGE: self.ema.average}, optimizers, {"rng": self.rng, "step_rng": self.step_rng}
-
-    def _sha256(self, path: Path) -> str:
-        """Read once, by the first rank."""
-        return first_rank_says(self.accelerator, lambda: self.folder.sha256(path))
 
 
 class _StopOnSignal:

@@ -111,7 +111,8 @@ class RankPasses:
         cond = self.prompts.draw(self.micro_batch, rng)
         if not update.wants_real:
             return Batch(cond)
-        assert self.pairs is not None
+        if self.pairs is None:
+            raise ValueError("data.pairs: expected real pairs, which the method asks for")
         return Batch(cond, self.pairs.draw(self.micro_batch, rng))
 
     def phase(self, name: str) -> AbstractContextManager[object]:
@@ -130,7 +131,7 @@ class RankPasses:
         self._noted.append({name: loss.detach() for name, loss in losses.items()})
 
     def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
-        """The host waits for the device here, and nowhere else in an update."""
+        """The host waits for the device here, for all figures of the update at once."""
         noted, self._noted = self._noted, []
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         values = mean_over_ranks(self.accelerator, [*(loss for losses in noted for loss in losses.values()), norm])

@@ -108,7 +108,7 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.format_version", "one", "expected an integer, got 'one'"),
         ("sid.format_version", str(FORMAT_VERSION + 1), f"expected at most {FORMAT_VERSION}, got {FORMAT_VERSION + 1}"),
         ("sid.format_version", "0", f"expected 1 to {FORMAT_VERSION}, got 0"),
-        ("sid.prediction_type", "eps", "expected one of epsilon, v_prediction, got 'eps'"),
+        ("sid.prediction_type", "eps", "expected one of epsilon, v_prediction, flow, got 'eps'"),
         ("sid.zero_terminal_snr", "True", "expected true or false, got 'True'"),
         ("sid.steps", "four", "expected an integer, got 'four'"),
         ("sid.steps", "3", "expected 4, the number of sid.timesteps, got 3"),

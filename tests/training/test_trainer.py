@@ -1,6 +1,7 @@
 """The loop on the demo's own networks, a few iterations each."""
 
 import importlib.util
+import json
 import os
 import signal
 
@@ -10,9 +11,12 @@ from safetensors.torch import load_file
 
 from sid_train.config import load_config
 from sid_train.errors import Interrupted, NonFiniteError
+from sid_train.files.hashing import file_sha256
 from sid_train.files.logs import read_log
+from sid_train.files.tensors import LazyTensor, open_tensors, write_tensors
 from sid_train.method.base import Method, Update
 from sid_train.method.methods import METHODS
+from sid_train.models.digits.model import TEACHER_FILE
 from sid_train.models.families import export_generator, load_model
 from sid_train.models.family import ExportOptions
 from sid_train.training.callbacks import Callback, Grids
@@ -203,6 +207,48 @@ def test_a_snapshot_is_on_disk_before_what_counts_on_it(tmp_path):
     assert seen == [(True, None), (True, 1)]
 
 
+def test_a_run_that_counted_otherwise_continues_with_todays_count(tmp_path):
+    """Before, each fake-score update counted: the counter in such a checkpoint is too high."""
+    config = small(iterations=2)
+    with pytest.raises(Interrupted):
+        Trainer(config, tmp_path, [SignalAfter(1, signal.SIGTERM)]).run()
+    path = RunFolder(tmp_path).last_checkpoint()
+    facts = read_facts(path)
+    tensors = open_tensors(path)
+    old = {name: LazyTensor.of(tensor.load()) for name, tensor in tensors.items()}
+    write_tensors(path, old, {"format_version": "2", "facts": json.dumps(facts | {"images_seen": 99})})
+    trainer = Trainer(config, tmp_path)
+    assert (trainer.iteration, trainer.images_seen) == (1, 4)
+
+
+def test_a_folder_is_one_runs(tmp_path):
+    """Not that of a second process while the first trains, nor of one that read it before the first went on."""
+    config = small(iterations=2)
+    late, held = Trainer(config, tmp_path), RunFolder(tmp_path).lock()
+    with pytest.raises(ValueError, match="another process is training in this folder"):
+        Trainer(config, tmp_path)
+    with pytest.raises(ValueError, match="another process is training in this folder"):
+        late.run()
+    held.release()
+    Trainer(config, tmp_path).run()
+    with pytest.raises(ValueError, match="up to iteration 2 since this one read iteration 0"):
+        late.run()
+    assert Trainer(config, tmp_path).iteration == 2
+
+
+def test_the_teacher_is_hashed_once(tmp_path):
+    Trainer(small(iterations=1), tmp_path).run()
+    folder, teacher = RunFolder(tmp_path), tmp_path / "teacher.safetensors"
+    assert folder.sha256(TEACHER_FILE) == file_sha256(TEACHER_FILE)
+    teacher.write_bytes(b"one")
+    folder.remember_teacher(teacher, "what was computed")
+    assert folder.sha256(teacher) == "what was computed"
+    teacher.write_bytes(b"another")
+    assert folder.sha256(teacher) == file_sha256(teacher)
+    (tmp_path / "teacher.json").write_text("{torn")
+    assert folder.sha256(teacher) == file_sha256(teacher)
+
+
 def test_fake_score_update_ratio(tmp_path):
     trainer = Trainer(small("training.fake_score_updates=3", iterations=1), tmp_path)
     trainer.run()
@@ -256,9 +302,10 @@ def test_accumulation_changes_no_figure(tmp_path):
 def test_snapshots_are_the_average_at_that_time(tmp_path):
     Trainer(small("training.snapshot_every=2", iterations=3), tmp_path / "long").run()
     Trainer(small(iterations=2), tmp_path / "short").run()
-    early = RunFolder(tmp_path / "long").open_generator(2).load()
+    generator = RunFolder(tmp_path / "long").open_generator(2)
+    early = generator.load()
     last = RunFolder(tmp_path / "short").open_generator().load()
-    assert early.recipe.training_summary["iterations"] == "2"
+    assert generator.recipe.training_summary["iterations"] == "2"
     for a, b in zip(early.denoiser.parameters(), last.denoiser.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"0000001.safetensors: the run has no such snapshot"):

@@ -17,6 +17,10 @@ class DigitsFamily(ModelFamily):
     architecture = ARCHITECTURE
     word = "demo"
 
+    def check_resolution(self, resolution: int) -> None:
+        if resolution:
+            raise ValueError("model.resolution: the demo's model has its own; leave it at 0")
+
     def open(self, source: str) -> DigitsModel:
         return open_digits(TEACHER_FILE if source == self.word else Path(source))
 

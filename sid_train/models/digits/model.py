@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import Embedding
 
 from ...core.noise_schedule import VPSchedule
-from ...core.recipe import SiDRecipe, has_recipe, read_safetensors_metadata
-from ...files.hashing import file_sha256
+from ...core.recipe import has_recipe, read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelBundle
 from ..conditioning import Conditioning
-from ..family import Hash, OpenedModel, Tensors
+from ..family import OpenedModel, Tensors
 from ..unet import UNetDenoiser
 from .data import COLOURS, DIGITS, GROUNDS, IMAGE_SIZE
 
@@ -138,10 +137,10 @@ class DigitsModel(OpenedModel):
 
     name: str = "SiD demo digits"
 
-    def load(self, dtype: torch.dtype | None, resolution: int = 0, sha256: Hash = file_sha256) -> ModelBundle:
-        """As ``OpenedModel.load``; the network is so small that it is read in any case."""
-        if resolution not in (0, IMAGE_SIZE):
-            raise ValueError(f"model.resolution: {self.weights} has its own; leave it at 0")
+    def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
+        """As ``OpenedModel.load``; the network is so small that it is read in any case, and its pictures have one
+        size.
+        """
         unet, conditioner = build_unet(), DigitConditioner()
         text = {name.removeprefix(TEXT): tensor for name, tensor in self.rest.items()}
         parts: list[tuple[nn.Module, Tensors]] = [(unet, self.tensors), (conditioner, text)]
@@ -162,15 +161,13 @@ class DigitsModel(OpenedModel):
             codec=DigitCodec(),
             latent_shape=LATENT_SHAPE,
             image_size=(IMAGE_SIZE, IMAGE_SIZE),
-            file_hash=sha256(self.weights),
+            weights=self.weights,
             licence=LICENCE,
-            recipe=self.recipe,
         )
 
 
 def open_digits(path: Path = TEACHER_FILE) -> DigitsModel:
     """The teacher, or what ``DigitsFamily.export`` wrote."""
-    metadata = read_safetensors_metadata(path)
     unet: dict[str, LazyTensor] = {}
     text: dict[str, LazyTensor] = {}
     for name, tensor in open_tensors(path).items():
@@ -178,5 +175,5 @@ def open_digits(path: Path = TEACHER_FILE) -> DigitsModel:
             text[name] = tensor
         else:
             unet[name.removeprefix(DigitsModel.prefix)] = tensor
-    recipe = SiDRecipe.from_metadata(metadata, path) if has_recipe(metadata) else None
-    return DigitsModel(tensors=unet, rest=text, weights=path, recipe=recipe)
+    is_generator = has_recipe(read_safetensors_metadata(path))
+    return DigitsModel(tensors=unet, rest=text, weights=path, is_generator=is_generator)

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...core.noise_schedule import PREDICTION_TYPES, PredictionType, VPSchedule
-from ...core.recipe import SDXL_ARCHITECTURE, SiDRecipe, has_recipe, read_safetensors_metadata
-from ...files.hashing import file_sha256
+from ...core.recipe import SDXL_ARCHITECTURE, has_recipe, read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
 from ..bundle import ModelBundle
-from ..family import Hash, OpenedModel
+from ..family import OpenedModel
 from ..unet import UNetDenoiser
 from .keys import (
     CLIP_G,
@@ -117,11 +116,10 @@ class SDXLParts(OpenedModel):
     load_rest: Callable[[], dict[str, LazyTensor]]
     licence: str
 
-    def load(self, dtype: torch.dtype | None, resolution: int = 0, sha256: Hash = file_sha256) -> ModelBundle:
+    def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
         """As ``OpenedModel.load``, at 1,024 pixels by default. Text encoders and VAE are read when they are first used,
         in fp32.
         """
-        check_resolution(resolution)
         unet = build_unet(self.unet_config, self.tensors, dtype)
         resolution = resolution or RESOLUTION
         size = (resolution, resolution)
@@ -133,10 +131,9 @@ class SDXLParts(OpenedModel):
             codec=SDXLCodec(self.load_vae),
             latent_shape=(unet.config.in_channels, resolution // 8, resolution // 8),
             image_size=size,
-            file_hash=sha256(self.weights),
+            weights=self.weights,
             licence=self.licence,
             zero_terminal_snr=self.zero_terminal_snr,
-            recipe=self.recipe,
         )
 
     def read_lora(self, path: Path) -> Adapter:
@@ -197,7 +194,7 @@ def _from_file(path: Path) -> SDXLParts:
         load_rest=lambda: {k: t for k, t in tensors.items() if k.startswith(REST)},
         weights=path,
         licence=metadata.get("modelspec.license", ""),
-        recipe=SiDRecipe.from_metadata(metadata, path) if has_recipe(metadata) else None,
+        is_generator=has_recipe(metadata),
     )
 
 
