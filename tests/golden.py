@@ -49,8 +49,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 FIGURES: dict[str, str] = {}
-# The ramp-up is said, since the demo's configuration has another where images are counted once an iteration.
-QUIET = ["training.log_every=1", "training.tracker=none", "training.seed=0", "optimizer.ema_rampup=0.05"]
+QUIET = ["training.log_every=1", "training.tracker=none", "training.seed=0"]
+# Said, since the demo's configurations have another where images are counted once an iteration.
+RAMP_UP = "optimizer.ema_rampup=0.05"
 PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "an old map", "a harbour town", "a green hill"]
 GAN = ["gan.generator_weight=0.01", "gan.start_images=0"]
 
@@ -183,7 +184,7 @@ def stop_after(folder: Path, iterations: int, process: int, alive: Callable[[], 
 
 def run_demo() -> None:
     """The embedded model, every branch of the method: 20 iterations; the whole batch of 32 in the first three."""
-    once = ["training.iterations=20", "training.fake_score_updates=1"]
+    once = ["training.iterations=20", "training.fake_score_updates=1", RAMP_UP]
     small = [*once, "training.batch_size=8"]
     pairs = ["data.pairs=demo", *GAN]
     demo = distill("demo/4-steps", "demo", *once)
@@ -383,7 +384,7 @@ def export(name: str, source: object, *options: str) -> None:
 
 def run_gloo(root: Path) -> None:
     """Two processes on the demo's model, replicated and sharded: 6 iterations of 8 pictures, the GAN in the second."""
-    common = ["training.iterations=6", "training.batch_size=8", "training.fake_score_updates=1", *QUIET]
+    common = ["training.iterations=6", "training.batch_size=8", "training.fake_score_updates=1", RAMP_UP, *QUIET]
     kinds = {
         "gloo/replicated": [],
         "gloo/replicated-adapters": ["adapter.rank=4", "training.accumulate=2"],
