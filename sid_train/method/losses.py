@@ -17,7 +17,7 @@ SiDWeighting = Literal["l1", "one_minus_sigma", "uniform"]
 SID_WEIGHTINGS: tuple[str, ...] = get_args(SiDWeighting)
 
 
-def fake_score_loss(fake_x0: Tensor, x_t: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+def denoising_loss(fake_x0: Tensor, x_t: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
     """Denoising loss ``|eps_psi - eps|^2`` of the fake score on what the generator made."""
     return (x0_to_epsilon(fake_x0, x_t, sigma) - eps).square().flatten(1).sum(1)
 

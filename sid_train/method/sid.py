@@ -22,8 +22,8 @@ from .config import GANConfig, MethodConfig
 from .guidance import guided_denoise, guided_denoise_with_logits
 from .losses import (
     add_noise,
+    denoising_loss,
     discriminator_loss,
-    fake_score_loss,
     generator_gan_loss,
     sid_loss,
     sid_weight,
@@ -186,7 +186,7 @@ class Distiller(Method):
         x_t, sigma, eps = self.perturb(x_g, rng)
         ask = (self.fake_score, x_t, sigma, told, self.unconditional, self.guidance.fake_train)
         if real is None:
-            return {"fake_score": fake_score_loss(guided_denoise(*ask), x_t, sigma, eps).mean()}
+            return {"fake_score": denoising_loss(guided_denoise(*ask), x_t, sigma, eps).mean()}
 
         fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         # Real latents are noised with the same t, so that the discriminator cannot tell them by their noise level.
@@ -198,7 +198,7 @@ class Distiller(Method):
         real_logits = logits(self.fake_score, real_t, sigma, real_cond)
         weight = self.gan.discriminator_weight * x_g[0].numel()
         return {
-            "fake_score": fake_score_loss(fake_x0, x_t, sigma, eps).mean(),
+            "fake_score": denoising_loss(fake_x0, x_t, sigma, eps).mean(),
             "discriminator": weight * discriminator_loss(real_logits, fake_logits).mean(),
         }
 

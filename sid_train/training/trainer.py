@@ -70,8 +70,8 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end. Ctrl-C and SIGTERM save first and raise Interrupted."""
         self._lock: FileLock | None = None
-        on_first_rank(self.accelerator, self._begin)
         try:
+            on_first_rank(self.accelerator, self._begin)
             self._run()
         finally:
             if self._lock is not None:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from sid_train.core.noise_schedule import input_scale, prediction_to_x0
 from sid_train.method.losses import (
     add_noise,
+    denoising_loss,
     discriminator_loss,
-    fake_score_loss,
     generator_gan_loss,
     sid_loss,
     sid_weight,
@@ -61,11 +61,11 @@ def test_l1_weight_is_clipped_at_1e_5():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_fake_score_loss_is_the_error_in_eps(prediction_type, schedule):
+def test_denoising_loss_is_the_error_in_eps(prediction_type, schedule):
     x_g, eps, prediction = randn(3, dtype=torch.float32)
     sigma = schedule.sigma(torch.tensor([20, 400, 979]))
     x_t = add_noise(x_g, sigma, eps)
-    loss = fake_score_loss(prediction_to_x0(prediction, x_t, sigma, prediction_type), x_t, sigma, eps)
+    loss = denoising_loss(prediction_to_x0(prediction, x_t, sigma, prediction_type), x_t, sigma, eps)
     if prediction_type == "epsilon":
         expected = (prediction - eps).square().sum((1, 2, 3))
     else:  # SNR / (SNR + 1) on the v loss
@@ -75,12 +75,12 @@ def test_fake_score_loss_is_the_error_in_eps(prediction_type, schedule):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_fake_score_loss_is_zero_for_the_truth_and_reaches_the_network(schedule):
+def test_denoising_loss_is_zero_for_the_truth_and_reaches_the_network(schedule):
     x_g, eps = randn(2, dtype=torch.float32)
     sigma = schedule.sigma(torch.tensor([20, 400, 979]))
-    assert fake_score_loss(x_g, add_noise(x_g, sigma, eps), sigma, eps).max() < 1e-6
+    assert denoising_loss(x_g, add_noise(x_g, sigma, eps), sigma, eps).max() < 1e-6
     fake_x0 = torch.zeros_like(x_g).requires_grad_()
-    fake_score_loss(fake_x0, add_noise(x_g, sigma, eps), sigma, eps).sum().backward()
+    denoising_loss(fake_x0, add_noise(x_g, sigma, eps), sigma, eps).sum().backward()
     torch.testing.assert_close(fake_x0.grad, -2 * x_g / sigma.reshape(-1, 1, 1, 1) ** 2, rtol=1e-3, atol=1e-4)
 
 
