@@ -33,7 +33,6 @@ def describe_run(config: Config, run_dir: Path) -> str:
     model = open_model(config.model.teacher, config.model.resolution)
     require_diffusion_model(model, config)
     bundle = model.load(None, config.model.resolution)
-    bundle.file_hash = folder.sha256(bundle.weights)
     load_init_generator(config, model)
     facts = [
         ("teacher", f"{bundle.name} ({bundle.architecture}), {bundle.denoiser.schedule.prediction_type}"),
@@ -45,6 +44,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
     ]
     prompts = prompts_of(config.data.prompts)
     if config.data.cache:
+        bundle.file_hash = folder.sha256(bundle.weights)  # read for the cache's facts alone
         cache = Cache(Path(config.data.cache))
         cache.expect(model_facts(bundle) | prompt_facts(prompts))
         cond, source = cache.prompts().read([0]), "from the cache"
