@@ -11,7 +11,8 @@ import comfy.model_base
 import comfy.model_sampling
 from comfy_api.latest import io
 
-from ..sid_train.core.recipe import SiDRecipe, read_safetensors_metadata
+from ..sid_train.core.recipe import SiDRecipe
+from ..sid_train.files.header import read_safetensors_metadata
 
 CATEGORY = "SiD"
 RecipeType = io.Custom("SID_RECIPE")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..files.header import read_safetensors_metadata
 from .noise_schedule import PREDICTION_TYPES, VPSchedule
 from .sampling import NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, check_timesteps, timestep_ladder
@@ -264,28 +264,6 @@ class SiDRecipe:
 
 def has_recipe(metadata: Mapping[str, str] | None) -> bool:
     return any(key.startswith("sid.") for key in metadata or {})
-
-
-def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
-    """The ``__metadata__`` of a safetensors file, from its header alone: no tensor is read.
-
-    RecipeError for a file of another kind and for one that ends before its last tensor.
-    """
-    try:
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > 100_000_000:  # the format's own limit
-                raise ValueError("the header is too large")
-            header = json.loads(file.read(size))
-        metadata = dict(header.pop("__metadata__", {}))
-        expected = 8 + size + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (struct.error, ValueError, AttributeError, TypeError, LookupError) as error:
-        raise RecipeError(f"{path}: expected a safetensors file, but its header cannot be read ({error})") from None
-    if (found := Path(path).stat().st_size) < expected:
-        raise RecipeError(
-            f"{path}: expected {expected:,} bytes, but the file ends after {found:,}: copy or download it again"
-        )
-    return metadata
 
 
 def read_recipe(path: str | Path) -> SiDRecipe:

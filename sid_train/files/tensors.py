@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .atomic import replacing
+from .header import read_header
+from .reading import reading, shown
 
 # The types that weights are stored in, by the names that the command line takes.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -58,18 +60,22 @@ class LazyTensor:
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file by name, none of them read. ValueError for what is no such file."""
-    try:
+    """The tensors of a safetensors file by name, none of them read. ValueError for what is no such file, and for one
+    with a type that PyTorch does not compute in.
+    """
+    header = read_header(path)
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in HEADER_DTYPES:
+            raise ValueError(
+                f"{shown(path)}: tensor {shown(name, 80)}: expected one of the types {', '.join(HEADER_DTYPES)}, got "
+                f"{tensor.dtype}"
+            )
+    with reading(path, "a safetensors file"):
         file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a safetensors file: {error}") from None
-    found = {}
-    for name in file.keys():  # noqa: SIM118  # not a dict
-        part = file.get_slice(name)
-        found[name] = LazyTensor(
-            tuple(part.get_shape()), HEADER_DTYPES[part.get_dtype()], partial(file.get_tensor, name)
-        )
-    return found
+    return {
+        name: LazyTensor(tensor.shape, HEADER_DTYPES[tensor.dtype], partial(file.get_tensor, name))
+        for name, tensor in ((name, header.tensors[name]) for name in file.keys())  # noqa: SIM118  # not a dict
+    }
 
 
 HASH_KEY = "modelspec.hash_sha256"  # of everything after the header, as the model metadata standard defines it

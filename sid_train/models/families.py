@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..core.recipe import SiDRecipe, has_recipe, read_safetensors_metadata, split_architecture
+from ..core.recipe import SiDRecipe, has_recipe, split_architecture
+from ..files.header import read_safetensors_metadata
 from .bundle import ModelBundle, ModelShapes
 from .digits.family import DigitsFamily
 from .family import ExportOptions, Generator, ModelFamily, OpenedModel

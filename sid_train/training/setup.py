@@ -13,9 +13,10 @@ from torch import nn
 
 from ..config import Config, OptimizerConfig
 from ..core.noise_schedule import NoiseSchedule
-from ..core.recipe import has_recipe, read_safetensors_metadata, split_architecture
+from ..core.recipe import has_recipe, split_architecture
 from ..data.pairs import load_pairs
 from ..data.rows import PromptTable, load_prompt_table
+from ..files.header import read_safetensors_metadata
 from ..files.tensors import DTYPES
 from ..method.base import Method, Setting
 from ..method.methods import METHODS

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import Embedding
 
 from ...core.noise_schedule import VPSchedule
-from ...core.recipe import has_recipe, read_safetensors_metadata
+from ...core.recipe import has_recipe
+from ...files.header import read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelBundle
 from ..conditioning import Conditioning

@@ -13,7 +13,8 @@ from tempfile import mkdtemp
 
 import torch
 
-from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe, read_safetensors_metadata
+from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe
+from ...files.header import read_safetensors_metadata
 from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
 from ..adapters import Adapter
 from ..family import ExportOptions, Generator

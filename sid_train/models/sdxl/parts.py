@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...core.noise_schedule import PREDICTION_TYPES, PredictionType, VPSchedule
-from ...core.recipe import SDXL_ARCHITECTURE, has_recipe, read_safetensors_metadata
+from ...core.recipe import SDXL_ARCHITECTURE, has_recipe
+from ...files.header import read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
 from ..bundle import ModelBundle

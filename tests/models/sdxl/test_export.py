@@ -17,7 +17,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from small_sdxl import save_single_file, small_pipeline
 
-from sid_train.core.recipe import PRESETS, SiDRecipe, read_recipe, read_safetensors_metadata
+from sid_train.core.recipe import PRESETS, SiDRecipe, read_recipe
+from sid_train.files.header import read_safetensors_metadata
 from sid_train.files.tensors import HASH_KEY, LazyTensor, open_tensors, write_tensors
 from sid_train.models.adapters import Adapter
 from sid_train.models.families import export_generator, load_generator, open_generator
