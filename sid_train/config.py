@@ -58,6 +58,10 @@ class OptimizerConfig:
     """Adam's epsilon; 1e-4 in pure bf16 (SiD-DiT)."""
     clip_norm: float = 0.0
     """Largest norm of a network's gradient; 0 does not clip."""
+    skip_norm: float = 0.0
+    """A step whose gradient's norm is this many times the median of the network's last 100 steps is skipped, and said:
+    one such step makes all that follow too small for thousands of iterations, through Adam's second moment. 0 skips
+    none."""
     warmup: int = 0
     """Iterations over which both learning rates rise from 0."""
     cooldown: float = 0.0
@@ -76,6 +80,8 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}: expected 0 to below 1, got {getattr(self, name)}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"optimizer.cooldown: expected 0 to 1, got {self.cooldown}")
+        if self.skip_norm and not self.skip_norm > 1:
+            raise ValueError(f"optimizer.skip_norm: expected more than 1, or 0 for none, got {self.skip_norm}")
         for name in ("clip_norm", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}: expected 0 or more, got {getattr(self, name)}")
@@ -111,6 +117,8 @@ class TrainingConfig:
     """Iterations between image grids; 0 makes none."""
     checkpoint_every: int = 200
     """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the last one included: if it is damaged, the run goes on from the one before."""
     snapshot_every: int = 0
     """Iterations between copies of the averaged generator that are kept, for ``export --iteration``; 0 keeps none."""
     clip_model: str = ""
@@ -120,7 +128,8 @@ class TrainingConfig:
     """Where losses and grids are logged besides the run folder."""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "accumulate", "fake_score_updates", "log_every", "checkpoint_every"):
+        at_least_1 = ("iterations", "batch_size", "accumulate", "fake_score_updates", "log_every", "checkpoint_every")
+        for name in (*at_least_1, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -139,20 +148,30 @@ class TrainingConfig:
             )
 
 
-# A run may be resumed with other values of these. The training ones change what is reported, or how much memory a batch
-# takes, but nothing that is computed beyond its rounding; the others only how far back the average looks.
+# A run may be resumed with other values of these: how long and how carefully it goes on, how far back its average
+# looks, what is kept and reported, how much memory a batch takes.
 FREE_KEYS = {
+    "optimizer.generator_lr",
+    "optimizer.fake_score_lr",
+    "optimizer.clip_norm",
+    "optimizer.skip_norm",
+    "optimizer.warmup",
+    "optimizer.cooldown",
     "optimizer.ema_halflife_images",
     "optimizer.ema_rampup",
+    "training.iterations",
     "training.accumulate",
     "training.gradient_checkpointing",
     "training.log_every",
     "training.grid_every",
     "training.checkpoint_every",
+    "training.keep_checkpoints",
     "training.snapshot_every",
     "training.clip_model",
     "training.tracker",
 }
+# And of these, which say where something is: a run knows its teacher, prompts and pairs by what they are.
+SOURCE_KEYS = {"model.teacher", "model.init_generator", "data.prompts", "data.pairs", "data.cache"}
 
 
 @dataclass
@@ -247,11 +266,12 @@ def _parse_value(text: str, is_text: bool) -> Any:
 def check_key(key: str, known: dict[str, Any], source: str) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+        hint = f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(config_sections())}"
         raise ValueError(f"{source}: unknown key {key!r}{hint}")
 
 
-def _sections() -> list[str]:
+def config_sections() -> list[str]:
+    """The names of the tables in a configuration."""
     return [f.name for f in dataclasses.fields(Config)]
 
 

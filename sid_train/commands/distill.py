@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import load_config
+from ..files.console import unbreakable_output
 from ..models.families import default_format, export_generator
 from ..models.family import ExportOptions
 from ..training.callbacks import Callback, Grids, SnapshotScores
@@ -15,6 +16,7 @@ from .dry_run import describe_run
 from .plan import hardware_of_run, refuse_what_cannot_fit
 
 
+@unbreakable_output()
 def distill(config: str, overrides: list[str], out: Path, dry_run: bool, force: bool) -> None:
     settings = load_config(config, overrides)
     if is_first_process():

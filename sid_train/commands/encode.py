@@ -28,6 +28,9 @@ from ..data.cache import (
 from ..data.pairs import PicturePairs
 from ..data.pictures import open_pictures
 from ..data.rows import encode_prompts, prompts_of
+from ..files.atomic import remove_leftovers
+from ..files.console import unbreakable_output
+from ..files.locks import lock_folder
 from ..files.tensors import DTYPES
 from ..models.conditioning import Conditioning
 from ..models.families import load_model, shipped_by
@@ -35,6 +38,7 @@ from ..models.families import load_model, shipped_by
 Tensors = dict[str, Tensor]
 
 
+@unbreakable_output()
 def encode(config: str, overrides: list[str], out: Path, shard_size: int, dtype: str | None) -> None:
     encode_cache(load_config(config, overrides), out, shard_size, dtype)
 
@@ -44,7 +48,8 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
 
     After an interruption the same call leaves finished shards alone and ends with the same files. ``dtype`` (fp16, bf16
     or fp32) is what embeddings and latents are stored in; without it they keep the dtype they are computed in, and a
-    run draws the very bits that it would have encoded itself. Time ids are never rounded. One process a folder.
+    run draws the very bits that it would have encoded itself. Time ids are never rounded. A shard that was damaged
+    since it was written is encoded again. ValueError while another process encodes into ``out``.
     """
     if shard_size < 1:
         raise ValueError(f"--shard-size: expected 1 or more, got {shard_size}")
@@ -63,10 +68,11 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     facts |= prompt_facts(prompts)
     pictures = open_pictures(config.data.pairs) if config.data.pairs else None
     facts |= {"pairs": "none"} if pictures is None else pair_facts(pictures, config.data.buckets)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out, "another process is encoding into this folder")
     if (out / INDEX_FILE).is_file():
         require_same(read_index(out)["facts"], facts, str(out))
-    for leftover in out.glob(".*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink()
+    remove_leftovers(out)
 
     def stored(tensors: Tensors) -> Tensors:
         """In the dtype asked for, time ids apart: bf16 cannot hold 1,025."""
@@ -114,4 +120,5 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
 
         pair_index = write_table("pairs", same_size, encode_pairs)
     write_index(out, facts, prompt_index, pair_index)
+    lock.release()
     print(f"{out}: {len(prompts)} prompts, {len(pictures or [])} pairs. Train with --set data.cache={out}", flush=True)

@@ -40,7 +40,8 @@ def export_any(
 
     ``iteration`` is that of a snapshot of the run; 0 is its last checkpoint. ``format_`` is one of its family's; by
     default a LoRA where the generator is one, else all in one file. ``base`` is the model under a LoRA, the one with
-    the parts that a file lacks, or the one that a LoRA is extracted against: a run's own teacher if none is given.
+    the parts that a file lacks, or the one that a LoRA is extracted against: a run's own teacher if none is given. For
+    a run's folder it is else where the teacher is now, if that was moved.
     """
     if source.is_file():
         if iteration:
@@ -48,7 +49,9 @@ def export_any(
         generator = open_generator(str(source), base)
         under = open_model(base) if base and format_ == "lora" and not generator.adapter else None
     else:
-        generator = RunFolder(source).open_generator(iteration)
+        run = RunFolder(source)
+        extracts = format_ == "lora" and not run.read_config().adapter.rank
+        generator = run.open_generator(iteration, None if extracts else base)
         under = open_model(base) if base else generator.model
     options = ExportOptions(format_, dtype, vae, rank, energy, under)
     return generator.recipe, export_generator(generator, path, options)

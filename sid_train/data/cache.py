@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.recipe import Unconditional
 from ..core.rng import BatchRNG
-from ..files.atomic import replacing, write_text
+from ..files.atomic import write_text
+from ..files.tensors import DamagedFile, LazyTensor, verify, write_tensors
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, RealBatch
 from .picker import RowPicker
@@ -69,15 +69,21 @@ def require_same(found: Facts, expected: Facts, where: str) -> None:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
-    """The whole file or none of it. One metadata key, since safetensors writes several in any order."""
-    with replacing(path) as temporary:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"facts": json.dumps(facts, sort_keys=True)})
+    """The whole file, with its hash, or none of it."""
+    stored = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, stored, {"facts": json.dumps(facts, sort_keys=True)}, checksum=True)
 
 
 def shard_is_there(path: Path, facts: Facts) -> bool:
-    """Whether an earlier run finished this shard; ValueError if it did so from something else."""
+    """Whether an earlier run finished this shard, and nothing damaged it since; ValueError if it did so from something
+    else.
+    """
     if not path.is_file():
+        return False
+    try:
+        verify(path)
+    except DamagedFile as error:
+        print(f"{error}: encoding it again", flush=True)
         return False
     with _open_shard(path) as file:
         require_same(_facts_of(file), facts, str(path))
@@ -110,6 +116,7 @@ class Shards:
 
     def __init__(self, folder: Path, index: ShardIndex, facts: Facts):
         self.files = [folder / shard["file"] for shard in index]
+        self._verified: set[int] = set()
         self.latent_shapes: list[tuple[int, ...]] = []  # of each row, where there are latents
         count = sum(shard["rows"] for shard in index)
         self.shard = torch.full((count,), -1)
@@ -136,6 +143,7 @@ class Shards:
         shards = self.shard[list(rows)]
         order = torch.argsort(shards, stable=True).tolist()
         for number in shards.unique().tolist():
+            self._verify(number)
             with _open_shard(self.files[number]) as file:
                 for name in file.keys():  # noqa: SIM118  # not a dict
                     part = file.get_slice(name)
@@ -145,6 +153,20 @@ class Shards:
                             found.setdefault(name, []).append(part[at : at + 1])
         back = torch.argsort(torch.tensor(order))
         return {name: torch.cat(parts)[back] for name, parts in found.items()}
+
+    def verify(self) -> None:
+        """ValueError where a file is not what was written: about a second a gigabyte."""
+        for number in range(len(self.files)):
+            self._verify(number)
+
+    def _verify(self, number: int) -> None:
+        """Each file once, when something is first read of it: a cache may have hundreds of gigabytes."""
+        if number not in self._verified:
+            try:
+                verify(self.files[number])
+            except DamagedFile as error:
+                raise ValueError(f"{error}. sid_train encode into the same folder encodes it again") from None
+            self._verified.add(number)
 
 
 class CachedRows:
@@ -160,8 +182,8 @@ class CachedRows:
 class CachedPairs:
     """Latents and their own prompts' conditioning from a cache (a ``PairSource``)."""
 
-    def __init__(self, shards: Shards):
-        self.shards = shards
+    def __init__(self, shards: Shards, identity: str):
+        self.shards, self.identity = shards, identity
         self.picker = RowPicker(shards.latent_shapes)
 
     def draw(self, batch: int, rng: BatchRNG) -> RealBatch:
@@ -185,11 +207,12 @@ class Cache:
         return CachedRows(Shards(self.folder, self.index["prompts"], self.facts))
 
     def pairs(self) -> CachedPairs:
-        return CachedPairs(Shards(self.folder, self.index["pairs"], self.facts))
+        return CachedPairs(Shards(self.folder, self.index["pairs"], self.facts), self.facts["pairs"])
 
     def unconditional(self, kind: Unconditional) -> Conditioning:
         """The embedding of no text, a single row."""
         path = self.folder / self.index["unconditional"]
+        verify(path)
         with _open_shard(path) as file:
             require_same(_facts_of(file), self.facts, str(path))
             prefix = f"{kind}."

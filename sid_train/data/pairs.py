@@ -27,6 +27,7 @@ class PicturePairs:
     def __init__(self, pictures: Pictures, bundle: ModelBundle, buckets: bool = False):
         self.pictures, self.codec, self.buckets = pictures, bundle.codec, buckets
         self.sizes = picture_sizes(pictures, bundle, buckets)
+        self.identity: str = pair_facts(pictures, buckets)["pairs"]
         self.picker = RowPicker(self.sizes)
         self.captions: EncodedRows = LiveRows([entry.caption for entry in pictures.entries], bundle.conditioner)
 

@@ -17,6 +17,7 @@ from ..config import Config, load_config
 from ..core.recipe import SiDRecipe
 from ..core.timesteps import timestep_ladder
 from ..files.atomic import replacing, write_text
+from ..files.console import unbreakable_output
 from ..files.logs import append_log, rewind_log
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
@@ -78,6 +79,7 @@ def demo_config(steps: int, guidance: str | None, seed: int, overrides: Sequence
     return load_config("demo-1step" if steps == 1 else "demo", [*asked, *overrides])
 
 
+@unbreakable_output()
 def run_demo(
     out: Path,
     steps: int = 4,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:40] or "host"
 _LEFTOVER = re.compile(r"\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp$")
+_OLD_LEFTOVER = re.compile(r"^\.(.+\.)?\d+\.tmp$")  # as earlier versions named them
 _LOCKED_FOR = 5.0
 """Seconds to wait for a file that a virus scanner or a viewer has open, on Windows."""
 
@@ -25,13 +26,17 @@ def replacing(path: Path) -> Iterator[Path]:
     failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
         _sync(temporary)
         _patiently(lambda: os.replace(temporary, path))
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # such as a full disk, which tells the writer, not the user, what was written
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,7 +47,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     the new one has its name and is on the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -57,8 +62,9 @@ def put_folder(temporary: Path, path: Path) -> None:
         for name in files:
             _sync(Path(folder, name))
         sync_folder(Path(folder))
-    old = _temporary(path)
+    old = path.with_name(f"{path.name}.replaced")  # no leftover to remove: for a moment it is all there is
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     _patiently(lambda: os.rename(temporary, path))
     sync_folder(path.parent)
@@ -75,11 +81,11 @@ def remove_leftovers(folder: Path) -> None:
     of the folder: nothing in it is being written.
     """
     for path in folder.glob(".*.tmp"):
-        if _LEFTOVER.search(path.name):
+        if _LEFTOVER.search(path.name) or _OLD_LEFTOVER.search(path.name):
             _remove(path)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """A name that no other process takes, be it in another container with the same process numbers. What earlier
     processes of this machine left half written for the same path is removed.
     """

@@ -10,13 +10,17 @@ from .atomic import write_text
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log, oldest first; none if there is no file."""
+    """The entries of a log, oldest first; none if there is no file. Lines that are none, torn by a crash or written by
+    somebody else, are passed over.
+    """
     entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break  # torn by a crash; what follows is repeated anyway
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+            entries.append(entry)
     return entries
 
 

@@ -89,7 +89,12 @@ class Conditioner(Protocol):
 
 
 class PairSource(Protocol):
-    """Real image-text pairs, in batches."""
+    """Real image-text pairs, in batches.
+
+    identity: what they are, wherever they are kept: a digest, or a family's word
+    """
+
+    identity: str
 
     def draw(self, batch: int, rng: BatchRNG) -> RealBatch: ...
 

@@ -23,7 +23,7 @@ from ..models.conditioning import Conditioning, RealBatch
 from ..models.networks import Networks, build_networks
 from ..sample import pictures_at_once
 from ..training.setup import make_adam, make_ema, make_method
-from ..training.update import run_update
+from ..training.update import Figures, run_update
 from .tracker import Tracker, normalise_as_cuda
 
 Device = Literal["cuda", "cpu"]
@@ -297,8 +297,8 @@ class _Run:
     def note(self, losses: Losses) -> None:
         """There are no figures."""
 
-    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
-        return {}
+    def finish(self, update: Update, norm: Tensor) -> Figures:
+        return Figures({}, 0.0)
 
     # -- what a run makes besides --------------------------------------------------------------------------------
 

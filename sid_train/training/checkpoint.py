@@ -1,4 +1,4 @@
-"""The resumable state of a run: tensors by name, and a few facts. Nothing is pickled.
+"""The resumable state of a run: tensors by name, and a few facts. Nothing is pickled, and all of it carries its hash.
 
 Where one process has all of it, it is one safetensors file. The processes of a sharded run write a folder with
 torch.distributed.checkpoint, in its safetensors form since its own pickles an index: a file each, with the parts that
@@ -7,21 +7,24 @@ the process holds and where they belong. Any number of processes can read it.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..files.atomic import write_text
-from ..files.tensors import LazyTensor, open_tensors, write_tensors
+from ..files.atomic import put_folder, temporary_path, write_text
+from ..files.hashing import file_sha256
+from ..files.header import read_safetensors_metadata
+from ..files.reading import read_json, reading
+from ..files.tensors import DamagedFile, LazyTensor, open_tensors, verify, write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,12 +35,24 @@ Facts = dict[str, int | str]
 """Counters and hashes: what a checkpoint knows besides tensors."""
 Networks = Mapping[str, nn.Module]
 Optimizers = Mapping[str, torch.optim.Optimizer]
-Generators = Mapping[str, torch.Generator]
+
+
+class HasState(Protocol):
+    """A source of randomness, or another small state that goes with a run (``torch.Generator`` is one)."""
+
+    def get_state(self) -> Tensor: ...
+
+    def set_state(self, state: Tensor) -> object: ...
+
+
+Generators = Mapping[str, HasState]
 FORMAT_VERSION = "2"
 FACTS_FILE = "facts.json"
+CHECKSUM = "checksum"  # of the rest of that file
 
 
-def _state(networks: Networks, optimizers: Optimizers, generators: Generators) -> dict[str, Tensor]:
+def state_of(networks: Networks, optimizers: Optimizers, generators: Generators) -> dict[str, Tensor]:
+    """Everything of them that a checkpoint holds, by its name there."""
     tensors: dict[str, Tensor] = {}
     for name, network in networks.items():
         tensors |= {f"{name}.{k}": v for k, v in network.state_dict().items()}
@@ -62,9 +77,9 @@ def save_checkpoint(
     path: Path, networks: Networks, optimizers: Optimizers, generators: Generators, facts: Facts
 ) -> None:
     """Writes all of it to one file, one tensor after another; for one process."""
-    state = _state(networks, optimizers, generators)
+    state = state_of(networks, optimizers, generators)
     tensors = {k: LazyTensor(tuple(v.shape), v.dtype, v.detach) for k, v in state.items()}
-    write_tensors(path, tensors, {"format_version": FORMAT_VERSION, "facts": json.dumps(facts)})
+    write_tensors(path, tensors, {"format_version": FORMAT_VERSION, "facts": json.dumps(facts)}, checksum=True)
 
 
 def save_sharded_checkpoint(
@@ -76,30 +91,39 @@ def save_sharded_checkpoint(
     facts: Facts,
 ) -> None:
     """Writes all of it to a new folder, which has its name when it is whole; every rank must call it."""
+    from accelerate.utils import broadcast_object_list, gather_object
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    names = [temporary_path(folder).name]
+    broadcast_object_list(names)  # the first rank's
+    temporary = folder.with_name(names[0])
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with _checkpoint_errors(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may write a folder as well
         save(
-            _state(networks, optimizers, generators),
+            state_of(networks, optimizers, generators),
             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
         )
-    if accelerator.is_main_process:
-        files = len(list(temporary.glob("*.safetensors")))
-        if files != accelerator.num_processes:
-            raise ValueError(
-                f"{temporary}: expected {accelerator.num_processes} files, one a process, found {files}: the run's "
-                "folder must be on a file system that all nodes share"
-            )
-        write_text(temporary / FACTS_FILE, json.dumps({"format_version": FORMAT_VERSION, "facts": facts}) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
     accelerator.wait_for_everyone()
+    files = sorted(temporary.glob("*.safetensors"))
+    if len(files) != accelerator.num_processes:
+        raise ValueError(
+            f"{temporary}: expected {accelerator.num_processes} files, one a process, found {len(files)}: the run's "
+            "folder must be on a file system that all nodes share"
+        )
+    file = files[accelerator.process_index]
+    hashes = dict(gather_object([(file.name, file_sha256(file))]))
+    if accelerator.is_main_process:
+        content = {"format_version": FORMAT_VERSION, "facts": facts, "sha256": hashes}
+        write_text(temporary / FACTS_FILE, json.dumps(content | {CHECKSUM: _checksum(content)}) + "\n")
+        put_folder(temporary, folder)
+    accelerator.wait_for_everyone()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -130,7 +154,8 @@ def load_checkpoint(path: Path, networks: Networks, optimizers: Optimizers, gene
             state.setdefault(int(index), {})[field] = value.item() if is_count else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, generator in generators.items():
-        generator.set_state(tensors[name])
+        if name in tensors:  # a run that began before there was this one goes on with a fresh one
+            generator.set_state(tensors[name])
     return facts
 
 
@@ -139,7 +164,7 @@ def _read_parts(folder: Path, networks: Networks, optimizers: Optimizers) -> dic
     from torch.distributed.checkpoint import load
 
     reader, index = _open_folder(folder)
-    tensors = _state(networks, {}, {})
+    tensors = state_of(networks, {}, {})
     for key, stored in _stored_tensors(index).items():
         if key in tensors:
             continue
@@ -198,19 +223,39 @@ def _stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
 
 def read_facts(path: Path) -> Facts:
     """What a checkpoint knows besides tensors. ValueError for what is no checkpoint, or of another version."""
-    if path.is_dir():
-        content = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-        version, facts = content["format_version"], content["facts"]
-    else:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-        version, facts = metadata.get("format_version"), json.loads(metadata.get("facts", "{}"))
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {version}")
+    with reading(path, "a run's checkpoint"):
+        if path.is_dir():
+            content = read_json(path / FACTS_FILE)
+            version, facts = content["format_version"], content["facts"]
+        else:
+            metadata = read_safetensors_metadata(path)
+            version, facts = metadata.get("format_version"), json.loads(metadata.get("facts", "{}"))
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: expected a checkpoint of format {FORMAT_VERSION}, got {version}")
+        if not {"iteration", "images_seen", "teacher"} <= facts.keys():
+            raise ValueError(f"{path}: expected a run's checkpoint, but it does not say its iteration and teacher")
     return facts
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Reads a checkpoint, file or folder, and compares it with the hashes that it carries, which takes about a second a
+    gigabyte. DamagedFile where it is not what was written; those of earlier versions are taken as they are.
+    """
+    if not path.is_dir():
+        verify(path)
+        read_facts(path)
+        return
+    try:
+        content = read_json(path / FACTS_FILE)
+        read_facts(path)
+        checksum, hashes = content.pop(CHECKSUM, None), content.get("sha256", {})
+    except (OSError, ValueError) as error:
+        raise DamagedFile(str(error)) from None
+    if checksum is not None and checksum != _checksum(content):
+        raise DamagedFile(f"{path / FACTS_FILE}: the file is damaged: it has another SHA-256 than it says")
+    for name, expected in hashes.items():
+        if not (path / name).is_file() or file_sha256(path / name) != expected:
+            raise DamagedFile(f"{path / name}: the file is missing or damaged: expected SHA-256 {expected}")
 
 
 def _open_folder(folder: Path) -> tuple[HuggingFaceStorageReader, Metadata]:

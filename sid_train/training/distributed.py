@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,17 @@ from ..models.denoiser import Denoiser
 
 T = TypeVar("T")
 
+# What accelerate may take from the environment: on which device it runs, and how it talks.
+ACCELERATE_KEEPS = {
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_LOG_LEVEL",
+    "ACCELERATE_DEBUG_MODE",
+}
+_NEUTRAL = {"", "no", "none", "false", "0", "1", "default"}
+_OTHER_TRAINERS = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
+
 
 def is_first_process() -> bool:
     """Whether this is the only process, or the one of torchrun's that may print, before there is an Accelerator."""
@@ -30,11 +42,35 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     """This run's view of the processes. Trackers write into ``folder``."""
     # A process may make several runs; accelerate keeps one state a process, and refuses another precision in it.
     AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=None if training.tracker == "none" else training.tracker,
-        project_dir=str(folder),
-    )
+    with _own_settings():
+        return Accelerator(
+            mixed_precision=training.mixed_precision,
+            log_with=None if training.tracker == "none" else training.tracker,
+            project_dir=str(folder),
+        )
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Hides from accelerate what ``accelerate launch`` or a shell has set of what the configuration decides: it would
+    divide gradients, compile networks or wrap them in silence. ValueError for what cannot be ignored: processes that
+    were started for DeepSpeed and its like.
+    """
+    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in ACCELERATE_KEEPS]
+    said = {name: os.environ[name] for name in names if os.environ[name].lower() not in _NEUTRAL}
+    for name in _OTHER_TRAINERS & said.keys():
+        raise ValueError(
+            f"{name}={said[name]}: expected processes that share no model: unset it, or start them with torchrun; "
+            "training.sharding is how this trainer splits one"
+        )
+    if said and is_first_process():
+        told = ", ".join(f"{name}={value}" for name, value in said.items())
+        print(f"ignored from the environment, since the configuration says it: {told}", file=sys.stderr, flush=True)
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -134,6 +170,13 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item() > 0)
+
+
+def non_finite(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> str:
+    """A tensor with a value that is not finite, on any rank, by name; "" if there is none. Every rank must call it."""
+    parts = {name: local_part(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [name for name, part in parts.items() if not part.isfinite().all()]
+    return (bad[0] if bad else "a tensor of another process") if any_rank(accelerator, bool(bad)) else ""
 
 
 def on_every_rank(accelerator: Accelerator, value: int) -> list[int]:

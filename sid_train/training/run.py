@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from ..config import FREE_KEYS, Config, config_from_dict, read_toml
+from ..config import Config, config_from_dict, config_sections, read_toml
 from ..core.recipe import SiDRecipe, TrainingGuidance
 from ..core.timesteps import timestep_ladder
 from ..evaluation.metric import CLIP_SCORE
-from ..files.atomic import write_text
+from ..files.atomic import remove_leftovers, sync_folder, write_text
 from ..files.hashing import file_sha256
+from ..files.locks import lock_folder
 from ..files.logs import read_log
+from ..files.tensors import DamagedFile
 from ..method.methods import METHODS
 from ..models.adapters import adapter_from_state
 from ..models.bundle import ModelBundle
 from ..models.families import open_model
 from ..models.family import Generator
 from ..models.networks import AVERAGE
-from .checkpoint import Facts, open_network, read_facts, read_network
+from .checkpoint import open_network, read_facts, read_network, verify_checkpoint
+from .identity import changes, config_of, forbidden_changes, require_same_teacher
 
 
 class RunFolder:
@@ -32,51 +36,82 @@ class RunFolder:
         self.config_file = path / "config.toml"
         self.log = path / "log.jsonl"
         self._teacher = path / "teacher.json"
-        self._checkpoint = path / "checkpoint.safetensors"
-        self._checkpoint_folders = path / "checkpoints"  # with training.sharding: a folder a checkpoint
+        self._checkpoint = path / "checkpoint.safetensors"  # the last one; those before it are in the folder
+        self._checkpoint_folder = path / "checkpoints"  # with training.sharding all of them, a folder each
         self._snapshots = path / "snapshots"
+        self._set_aside = path / "set-aside"
 
     # -- configuration -------------------------------------------------------------------------------------------
 
     def read_config(self) -> Config:
-        """The configuration of the run that is here."""
-        if not self.config_file.is_file():
-            raise ValueError(f"{self.path}: expected a run folder, but it has no {self.config_file.name}")
-        return config_from_dict(read_toml(self.config_file), str(self.config_file))
+        """The configuration of the run that is here; the last checkpoint's where config.toml is missing or damaged."""
+        stored, problem = self._stored_config()
+        if stored is None:
+            stored = self._checkpoint_config()
+        if stored is None:
+            raise ValueError(problem)
+        return stored
 
-    def require_config(self, config: Config) -> None:
-        """ValueError where the folder holds a run whose configuration has other values of what must not change."""
-        if not self.config_file.is_file():
-            return
-        stored = self.read_config().flat()
-        differ = [
-            f"{key} (was {stored[key]!r}, now {value!r})"
-            for key, value in config.flat().items()
-            if value != stored[key] and key not in FREE_KEYS
-        ]
-        if differ:
+    def require_config(self, config: Config) -> list[str]:
+        """What ``config`` changes in the run that is here, and may change, a line each. ValueError where it would be
+        another run. Paths may change: what is there is compared when it is read.
+        """
+        stored, problem = self._stored_config()
+        if stored is not None:
+            if differ := forbidden_changes(stored, config):
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration: {', '.join(differ)}. "
+                    f"Choose another --out, or the same values to continue it."
+                )
+            return [f"continues with another value of {change}" for change in changes(stored, config)]
+        if self.last_checkpoint() is None:
+            is_new = not self.config_file.exists()
+            return [] if is_new else [f"{problem}; nothing was trained yet, and it is written anew"]
+        # Nothing says which values were changed on purpose: only the very same configuration is sure to continue it.
+        saved = self._checkpoint_config()
+        if saved is None:
             raise ValueError(
-                f"{self.path} holds a run with another configuration: {', '.join(differ)}. "
-                f"Choose another --out, or the same values to continue it."
+                f"{problem}, and its checkpoint does not say how it was configured: put the file back, or choose "
+                "another --out"
             )
+        if differ := changes(saved, config):
+            raise ValueError(
+                f"{problem}, and its checkpoint was made with another configuration: {', '.join(differ)}. Put the file "
+                "back, give the same values, or choose another --out."
+            )
+        return [f"{problem}; it is written anew from the last checkpoint"]
 
     def claim(self, config: Config) -> None:
         """Makes the folder that of a run with this configuration."""
         write_text(self.config_file, config.to_toml())
 
+    def _stored_config(self) -> tuple[Config | None, str]:
+        """What config.toml says; without it None, and what is wrong with it."""
+        if not self.config_file.is_file():
+            return None, f"{self.path}: expected a run folder, but it has no {self.config_file.name}"
+        try:
+            tables = read_toml(self.config_file)
+            if tables.keys() != set(config_sections()):  # all are written, be it with defaults
+                raise ValueError(f"{self.config_file}: it is not whole")
+            return config_from_dict(tables, str(self.config_file)), ""
+        except ValueError as error:
+            return None, str(error)
+
+    def _checkpoint_config(self) -> Config | None:
+        path = self.last_checkpoint()
+        return None if path is None else config_of(read_facts(path), path)
+
+    # -- one process at a time -------------------------------------------------------------------------------------
+
     def lock(self) -> FileLock:
         """A lock on the folder, held until it is released. ValueError while another process trains here."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"{self.path}: another process is training in this folder: wait until it ends, or choose another --out"
-            ) from None
-        except NotImplementedError:  # a file system without locks: nobody can hold one there
-            pass
-        return lock
+        return lock_folder(self.path, "another process is training in this folder")
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes left half written; for whoever holds the lock."""
+        for folder in (self.path, self._checkpoint_folder, self._snapshots, self.path / "grids"):
+            remove_leftovers(folder)
 
     # -- the teacher ---------------------------------------------------------------------------------------------
 
@@ -95,23 +130,66 @@ class RunFolder:
     # -- checkpoints and snapshots -------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """Those that are whole, oldest first: files, or folders of a sharded run."""
-        files = [self._checkpoint] if self._checkpoint.is_file() else []
-        return files + sorted(self._checkpoint_folders.glob("[0-9]*"))
+        """Those that are there, oldest first: files, or folders of a sharded run."""
+        last = [self._checkpoint] if self._checkpoint.is_file() else []
+        return sorted(self._checkpoint_folder.glob("[0-9]*")) + last
 
     def last_checkpoint(self) -> Path | None:
-        """What the run continues from; None if it has no checkpoint yet."""
+        """The newest; None if there is none yet."""
         found = self.checkpoints()
         return found[-1] if found else None
 
-    def new_checkpoint(self, iteration: int, sharded: bool) -> Path:
-        """Where the next checkpoint goes: in the place of the last one, or beside it until ``drop_old_checkpoints``."""
-        return self._checkpoint_folders / f"{iteration:07d}" if sharded else self._checkpoint
+    def good_checkpoint(self) -> tuple[Path | None, list[tuple[Path, str]]]:
+        """The newest that is not damaged, which is what a run continues from, and the damaged ones after it, each with
+        what is wrong. Reads them whole (see ``verify_checkpoint``). ValueError where all are damaged.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self.checkpoints()):
+            try:
+                verify_checkpoint(path)
+                return path, damaged
+            except DamagedFile as error:
+                damaged.append((path, str(error)))
+        if damaged:
+            raise ValueError(
+                f"{self.path}: no checkpoint is whole: {'; '.join(problem for _, problem in damaged)}. Put a copy "
+                "back, or remove them to start again"
+            )
+        return None, []
 
-    def drop_old_checkpoints(self) -> None:
-        for old in self.checkpoints()[:-1]:
+    def new_checkpoint(self, iteration: int, sharded: bool) -> Path:
+        """Where the next checkpoint goes: in the place of the last one (see ``keep_last_checkpoint``), or beside it."""
+        return self._checkpoint_folder / f"{iteration:07d}" if sharded else self._checkpoint
+
+    def keep_last_checkpoint(self) -> None:
+        """Gives the last one a name that the next one does not take; a folder has its own."""
+        if not self._checkpoint.is_file():
+            return
+        iteration = int(read_facts(self._checkpoint)["iteration"])
+        self._checkpoint_folder.mkdir(exist_ok=True)
+        name = self._checkpoint_folder / f"{iteration:07d}.safetensors"
+        name.unlink(missing_ok=True)
+        try:
+            os.link(self._checkpoint, name)
+        except OSError:  # a file system without links
+            self._checkpoint.rename(name)
+        sync_folder(self._checkpoint_folder)
+
+    def drop_old_checkpoints(self, keep: int) -> None:
+        """Leaves the last ``keep``, of which the newest was just written."""
+        for old in self.checkpoints()[:-keep]:
             if old.is_dir():
                 shutil.rmtree(old)
+            else:
+                old.unlink()
+
+    def set_aside(self, path: Path) -> Path:
+        """Takes a checkpoint from which nothing can go on out of the way, and returns where it is now."""
+        self._set_aside.mkdir(exist_ok=True)
+        target = self._set_aside / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        return path.replace(target)
 
     def snapshot(self, iteration: int, sharded: bool) -> Path:
         """Where the averaged generator of an iteration is kept: a file, or a folder of a sharded run."""
@@ -147,14 +225,22 @@ class RunFolder:
             raise ValueError(f"{file}: the run has no such snapshot (yet); training.snapshot_every says which it keeps")
         return file if file.is_file() else folder
 
-    def open_generator(self, iteration: int = 0) -> Generator:
-        """The averaged generator (see ``generator_file``) with its recipe, none of it read."""
+    def open_generator(self, iteration: int = 0, teacher: str | None = None) -> Generator:
+        """The averaged generator (see ``generator_file``) with its recipe, its tensors not in memory. DamagedFile where
+        its file is not what was written.
+
+        teacher: where the run's teacher is now, if it was moved
+        """
         config, path = self.read_config(), self.generator_file(iteration)
-        model = open_model(config.model.teacher)
+        verify_checkpoint(path)
+        try:
+            model = open_model(teacher or config.model.teacher)
+        except ValueError as error:
+            raise ValueError(f"{error} (the run's teacher: if it was moved, give it as --base)") from None
         bundle = model.load(None, config.model.resolution)
         bundle.file_hash = self.sha256(bundle.weights)
         facts = read_facts(path)
-        require_same_teacher(facts, bundle, path)
+        require_same_teacher(facts, bundle.file_hash, path)
         recipe = make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
         if config.adapter.rank:
             return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)))
@@ -166,15 +252,6 @@ def _identity(path: Path) -> list[str | int]:
     """A file's place, size and time of change: while they stay, so does what is in it."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
-def require_same_teacher(facts: Facts, bundle: ModelBundle, path: Path) -> None:
-    """ValueError where a checkpoint with ``facts`` was trained from another teacher than ``bundle``."""
-    if facts["teacher"] != bundle.file_hash:
-        raise ValueError(
-            f"{path}: the run was distilled from a teacher with SHA-256 {facts['teacher']}, but the file now has "
-            f"{bundle.file_hash}: put the old one back, or start another run"
-        )
 
 
 def make_recipe(config: Config, teacher: ModelBundle, iterations: int, images_seen: int) -> SiDRecipe:

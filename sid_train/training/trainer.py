@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from ..config import Config
 from ..core.recipe import SiDRecipe
 from ..errors import Interrupted, NonFiniteError
+from ..files.console import unbreakable_output
+from ..files.reading import shown
 from ..models.conditioning import Conditioning
 from ..models.networks import AVERAGE
 from ..sample import sample_latents
@@ -25,6 +29,7 @@ from .checkpoint import (
     read_facts,
     save_checkpoint,
     save_sharded_checkpoint,
+    state_of,
 )
 from .distributed import (
     any_rank,
@@ -32,12 +37,15 @@ from .distributed import (
     check_processes,
     make_accelerator,
     micro_batch_size,
+    non_finite,
     on_every_rank,
     on_first_rank,
     seed_everything,
     step_generator,
 )
-from .run import RunFolder, make_recipe, require_same_teacher
+from .guard import NormGuard
+from .identity import identity_of, require_identity
+from .run import RunFolder, make_recipe
 from .setup import learning_rate, set_up
 from .update import RankPasses, run_update
 
@@ -48,7 +56,7 @@ class Trainer:
     def __init__(self, config: Config, run_dir: Path, callbacks: list[Callback] | None = None):
         training = config.training
         self.config, self.folder = config, RunFolder(run_dir)
-        self.folder.require_config(config)
+        changed = self.folder.require_config(config)
         seed_everything(training.seed)
         self.accelerator = make_accelerator(training, run_dir)
         check_processes(self.accelerator)
@@ -57,22 +65,30 @@ class Trainer:
         self.bundle, self.method, self.ema = parts.bundle, parts.method, parts.ema
         self.networks, self.optimizers, self.teacher = parts.networks, parts.optimizers, parts.teacher
         self.prompts = parts.prompts
+        self.identity = identity_of(config, self.bundle, self.prompts.prompts, parts.pairs)
         self.step_rng = step_generator(training.seed)
         self.rng = batch_generator(self.accelerator, training.seed)
-        self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng)
+        self.guard = NormGuard(self.networks, config.optimizer.skip_norm)
+        self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng, self.guard)
         self.iteration = 0  # finished ones
-        self._continue_or_claim()
+        self.gradient_norms: dict[str, float] = {}
+        self._damaged: list[Path] = []
+        self._continue_or_claim(changed)
         every = [Progress(training.log_every), *(callbacks or [])]
         self.callbacks = [c for c in every if c.every_rank or self.is_main_process]
+        self._failed: set[str] = set()  # what reports, and did not work
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains to the end. Ctrl-C and SIGTERM save first and raise Interrupted."""
+        """Trains to the end. Ctrl-C, SIGTERM and SIGHUP save first and raise Interrupted."""
         self._lock: FileLock | None = None
         try:
-            on_first_rank(self.accelerator, self._begin)
-            self._run()
+            with unbreakable_output():
+                on_first_rank(self.accelerator, self._begin)
+                self._run()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. {self._after_non_finite()}") from None
         finally:
             if self._lock is not None:
                 self._lock.release()
@@ -80,6 +96,9 @@ class Trainer:
     def _begin(self) -> None:
         """Nobody else trains in the folder from now on, and nobody did since this run was made."""
         self._lock = self.folder.lock()
+        self.folder.remove_leftovers()
+        for path in self._damaged:
+            self._tell(f"{path} is set aside: {self.folder.set_aside(path)}")
         checkpoint = self.folder.last_checkpoint()
         there = 0 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
         if there != self.iteration:
@@ -91,11 +110,11 @@ class Trainer:
 
     def _run(self) -> None:
         training = self.config.training
-        if training.tracker != "none":
-            self.accelerator.init_trackers(training.tracker)
+        self._reporting("training.tracker", self._start_tracker)
         last_save = self.iteration
-        for callback in self.callbacks:
-            callback.on_start(self)
+        for callback in list(self.callbacks):
+            if not self._reporting(type(callback).__name__, callback.on_start, self):
+                self.callbacks.remove(callback)
         with _StopOnSignal() as stop:
             while self.iteration < training.iterations:
                 losses = self.train_iteration()
@@ -104,7 +123,7 @@ class Trainer:
                 if training.snapshot_every and self.iteration % training.snapshot_every == 0:
                     self._save_snapshot()
                 for callback in self.callbacks:
-                    callback.on_iteration(self, losses)
+                    self._reporting(type(callback).__name__, callback.on_iteration, self, losses)
                 stopping = any_rank(self.accelerator, stop.requested)
                 done = self.iteration == training.iterations
                 if stopping or done or self.iteration - last_save >= training.checkpoint_every:
@@ -115,7 +134,7 @@ class Trainer:
                     raise Interrupted(f"stopped and saved after iteration {self.iteration} of {training.iterations}")
         self._tell_end()
         if training.tracker != "none":
-            self.accelerator.end_training()
+            self._reporting("training.tracker", self.accelerator.end_training)
 
     def train_iteration(self, step: int | None = None) -> dict[str, float]:
         """One iteration of the method; the means of its losses, for the log. ``step``: instead of a drawn one."""
@@ -130,17 +149,40 @@ class Trainer:
                 continue
             network, optimizer = self.networks[update.network], self.optimizers[update.network]
             try:
-                losses = run_update(update, network, optimizer, self.passes, clip_norm)
+                figures = run_update(update, network, optimizer, self.passes, clip_norm)
             except NonFiniteError as error:
-                raise NonFiniteError(
-                    f"iteration {self.iteration + 1}: {error}. No weight was changed by it; the last checkpoint is in "
-                    f"{self.folder.path}. Lower the learning rates or set optimizer.clip_norm."
-                ) from None
-            for name, value in losses.items():
+                raise NonFiniteError(f"iteration {self.iteration + 1}: {error}") from None
+            self.gradient_norms[update.network] = figures.norm
+            if figures.refused:
+                self._tell(f"iteration {self.iteration + 1}: a step of the {update.name} is skipped: {figures.refused}")
+            for name, value in figures.losses.items():
                 logged.setdefault(name, []).append(value)
             if update.network == "generator":
                 self.ema.update(self.accelerator.unwrap_model(network), seen_after, training.batch_size)
         return {name: sum(values) / len(values) for name, values in logged.items()}
+
+    def _after_non_finite(self) -> str:
+        """Where the run goes on after it stopped at a value that is not finite, and with what. A checkpoint from whose
+        very state that happened would only lead there again.
+        """
+
+        def state() -> str:
+            last = self.folder.last_checkpoint()
+            if last is None:
+                return "There is no checkpoint yet: the run starts again"
+            told = ""
+            if int(read_facts(last)["iteration"]) == self.iteration and self._lock is not None:
+                place = self.folder.set_aside(last)
+                told = f"The checkpoint of iteration {self.iteration}, from which it came, is set aside ({place}). "
+                last = self.folder.last_checkpoint()
+            if last is None:
+                return f"{told}None is left: the run starts again"
+            return f"{told}The run continues from iteration {read_facts(last)['iteration']}, {last}"
+
+        return (
+            f"No weight was changed by it. {on_first_rank(self.accelerator, state)} with the same command: lower "
+            "optimizer.generator_lr and optimizer.fake_score_lr in it, or set optimizer.clip_norm, which it may change."
+        )
 
     def _set_learning_rates(self) -> None:
         optimizer, total = self.config.optimizer, self.config.training.iterations
@@ -151,9 +193,34 @@ class Trainer:
             for group in adam.param_groups:
                 group["lr"] = learning_rate(optimizer, role) * factor
 
+    # -- reporting, which never costs a run ------------------------------------------------------------------------
+
+    def _reporting(self, what: str, act: Callable[..., None], *args: object) -> bool:
+        """Whether ``act`` worked. What fails is said once, and training goes on."""
+        try:
+            act(*args)
+        except Exception as error:
+            if isinstance(error, NonFiniteError | Interrupted):
+                raise
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = shown(str(error) or type(error).__name__)
+                print(f"warning: {what} does not work, and training goes on without: {reason}", file=sys.stderr)
+            return False
+        return True
+
+    def _start_tracker(self) -> None:
+        if self.config.training.tracker != "none":
+            options = {"wandb": {"dir": str(self.folder.path)}}  # which else writes into the current folder
+            self.accelerator.init_trackers(self.config.training.tracker, init_kwargs=options)
+
+    def _tell(self, text: str) -> None:
+        if self.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+
     def _tell_end(self) -> None:
         for callback in self.callbacks:
-            callback.on_end(self)
+            self._reporting(type(callback).__name__, callback.on_end, self)
 
     # -- what callbacks ask (``callbacks.Run``) ------------------------------------------------------------------
 
@@ -171,10 +238,10 @@ class Trainer:
         return sample_latents(self.ema.average, cond, self.bundle.latent_shape, self.recipe(), seed)
 
     def track(self, values: dict[str, float]) -> None:
-        self.accelerator.log(values, step=self.iteration)
+        self._reporting("training.tracker", lambda: self.accelerator.log(values, step=self.iteration))
 
     def track_image(self, name: str, image: Tensor) -> None:
-        log_image(self.accelerator, name, image, self.iteration)
+        self._reporting("training.tracker", lambda: log_image(self.accelerator, name, image, self.iteration))
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -183,10 +250,21 @@ class Trainer:
         return make_recipe(self.config, self.bundle, self.iteration, self.images_seen)
 
     def save(self) -> None:
-        """Writes what the run continues from."""
-        self._write(self.folder.new_checkpoint(self.iteration, self._in_parts), *self._state())
-        if self._in_parts and self.is_main_process:
-            self.folder.drop_old_checkpoints()  # not before: there is a whole checkpoint at any time
+        """Writes what the run continues from. NonFiniteError, and nothing written, where that is not finite; ValueError
+        where there is no room: the checkpoint before stays.
+        """
+        path = self.folder.new_checkpoint(self.iteration, self._in_parts)
+        try:
+            if not self._in_parts and self.is_main_process:
+                self.folder.keep_last_checkpoint()
+            self._write(path, *self._state())
+        except OSError as error:
+            raise ValueError(
+                f"{path}: the checkpoint of iteration {self.iteration} could not be written: {error.strerror}. The one "
+                "before is whole: make room, and the same command continues from it"
+            ) from error
+        if self.is_main_process:  # not before: there is a whole checkpoint at any time
+            self.folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
 
     def _save_snapshot(self) -> None:
         """The averaged generator alone, to go back to: a run does not always end at its best."""
@@ -198,30 +276,43 @@ class Trainer:
         return self.config.training.sharding == "full"
 
     def _write(self, path: Path, networks: Networks, optimizers: Optimizers, generators: Generators) -> None:
-        facts: Facts = {"iteration": self.iteration, "images_seen": self.images_seen, "teacher": self.bundle.file_hash}
+        facts: Facts = {"iteration": self.iteration, "images_seen": self.images_seen, **self.identity}
+        if bad := non_finite(self.accelerator, state_of(networks, optimizers, {})):
+            raise NonFiniteError(
+                f"iteration {self.iteration}: {bad} is not finite after its last step, and {path} is not written"
+            )
         if self._in_parts:
             save_sharded_checkpoint(self.accelerator, path, networks, optimizers, generators, facts)
         elif self.is_main_process:
             save_checkpoint(path, networks, optimizers, generators, facts)
         self.accelerator.wait_for_everyone()
 
-    def _continue_or_claim(self) -> None:
-        """Loads the last checkpoint; without one the folder becomes this run's. Not before everything else accepted the
-        configuration: a folder is claimed by a run that can start.
+    def _continue_or_claim(self, changed: list[str]) -> None:
+        """Loads the last good checkpoint, and makes the folder this run's. Not before everything else accepted the
+        configuration: a folder is claimed by a run that can start. ``changed``: what is other than before.
         """
-        checkpoint = self.folder.last_checkpoint()
-        there = -1 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
-        if len(set(found := on_every_rank(self.accelerator, there))) > 1:
+
+        def find() -> tuple[str, list[str]]:
+            found, damaged = self.folder.good_checkpoint()
+            self._damaged = [path for path, _ in damaged]
+            return str(found.relative_to(self.folder.path)) if found else "", [problem for _, problem in damaged]
+
+        name, problems = on_first_rank(self.accelerator, find)
+        checkpoint = self.folder.path / name if name else None
+        there = -1 if checkpoint is None or not checkpoint.exists() else int(read_facts(checkpoint)["iteration"])
+        if len(set(iterations := on_every_rank(self.accelerator, there))) > 1:
             raise ValueError(
                 f"{self.folder.path}: expected every process to continue from the same checkpoint, found those of "
-                f"iterations {found} (-1: none): the run's folder must be on a file system that all nodes share"
+                f"iterations {iterations} (-1: none): the run's folder must be on a file system that all nodes share"
             )
         if checkpoint is not None:
-            facts = load_checkpoint(checkpoint, *self._state())
-            require_same_teacher(facts, self.bundle, checkpoint)
-            self.iteration = int(facts["iteration"])
-        else:
-            on_first_rank(self.accelerator, self._claim)
+            require_identity(read_facts(checkpoint), self.identity, self.config, checkpoint)
+            self.iteration = int(load_checkpoint(checkpoint, *self._state())["iteration"])
+        on_first_rank(self.accelerator, self._claim)
+        for problem in problems:
+            self._tell(f"{problem}: continuing from the checkpoint before, of iteration {self.iteration}")
+        for line in changed:
+            self._tell(f"{self.folder.path}: {line}")
 
     def _claim(self) -> None:
         lock = self.folder.lock()
@@ -235,15 +326,16 @@ class Trainer:
         """Everything that a run continues from, by the names in its checkpoints."""
         networks = {role: self.accelerator.unwrap_model(network) for role, network in self.networks.items()}
         optimizers = {f"{role}_optimizer": adam for role, adam in self.optimizers.items()}
-        return networks | {AVERAGE: self.ema.average}, optimizers, {"rng": self.rng, "step_rng": self.step_rng}
+        sources: Generators = {"rng": self.rng, "step_rng": self.step_rng, "norms": self.guard}
+        return networks | {AVERAGE: self.ema.average}, optimizers, sources
 
 
 class _StopOnSignal:
-    """Turns SIGINT and SIGTERM into a request; Ctrl-C after that stops at once. SIGTERM may come more than once: from
-    a cluster's scheduler, and from torchrun, which passes on what it got.
+    """Turns SIGINT, SIGTERM and SIGHUP (a lost connection) into a request; Ctrl-C after that stops at once. SIGTERM may
+    come more than once: from a cluster's scheduler, and from torchrun, which passes on what it got.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __enter__(self) -> _StopOnSignal:
         self.requested = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,21 @@ from ..errors import NonFiniteError
 from ..method.base import Batch, Losses, Update
 from ..models.conditioning import PairSource
 from .distributed import autocast, batch_parts, mean_over_ranks, micro_batch_size, reducing_gradients
+from .guard import NormGuard
+
+
+@dataclass
+class Figures:
+    """What an update came to, the same on every rank.
+
+    losses: the mean of each
+    norm: of the gradient, before it was clipped
+    refused: why its step is not taken; "" where it is
+    """
+
+    losses: dict[str, float]
+    norm: float
+    refused: str = ""
 
 
 class Passes(Protocol):
@@ -49,8 +65,8 @@ class Passes(Protocol):
         """Takes the losses of a micro-batch, before its backward pass."""
         ...
 
-    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
-        """The means of the losses that were noted. Raises on all ranks where one of them or the norm is not finite."""
+    def finish(self, update: Update, norm: Tensor) -> Figures:
+        """What the update came to. Raises on all ranks where a loss or the norm is not finite."""
         ...
 
 
@@ -61,8 +77,8 @@ def run_update(
     passes: Passes,
     clip_norm: float,
     foreach: bool | None = None,
-) -> dict[str, float]:
-    """One optimizer step on the mean of the micro-batches; the means of its losses.
+) -> Figures:
+    """One optimizer step on the mean of the micro-batches, unless it is refused.
 
     clip_norm: largest norm of the gradient; 0 does not clip
     foreach: PyTorch's choice between one call for all parameters and one for each; None is its default
@@ -76,10 +92,11 @@ def run_update(
                 passes.backward(torch.stack(list(losses.values())).sum() / passes.micro_batches)
     with passes.phase(f"{update.name}: optimizer"):
         limit = clip_norm or float("inf")
-        means = passes.finish(update, nn.utils.clip_grad_norm_(network.parameters(), limit, foreach=foreach))
-        optimizer.step()
+        figures = passes.finish(update, nn.utils.clip_grad_norm_(network.parameters(), limit, foreach=foreach))
+        if not figures.refused:
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return means
+    return figures
 
 
 def _forward(update: Update, passes: Passes, rng: BatchRNG) -> Losses:
@@ -99,8 +116,10 @@ class RankPasses:
         prompts: PromptTable,
         pairs: PairSource | None,
         rng: torch.Generator,
+        guard: NormGuard,
     ):
         self.accelerator, self.training, self.prompts, self.pairs, self.rng = accelerator, training, prompts, pairs, rng
+        self.guard = guard
         self.micro_batches, self.micro_batch = training.accumulate, micro_batch_size(accelerator, training)
         self._noted: list[Losses] = []
 
@@ -130,7 +149,7 @@ class RankPasses:
     def note(self, losses: Losses) -> None:
         self._noted.append({name: loss.detach() for name, loss in losses.items()})
 
-    def finish(self, update: Update, norm: Tensor) -> dict[str, float]:
+    def finish(self, update: Update, norm: Tensor) -> Figures:
         """The host waits for the device here, for all figures of the update at once."""
         noted, self._noted = self._noted, []
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -140,7 +159,7 @@ class RankPasses:
             means[name] += value / len(noted)
         _require_finite(means, f"{update.name} loss")
         _require_finite({"norm": values[-1]}, f"{update.name} gradient")
-        return means
+        return Figures(means, values[-1], self.guard.refuses(update.network, values[-1]))
 
 
 def _require_finite(values: dict[str, float], what: str) -> None:

@@ -20,6 +20,7 @@ from sid_train.core.rng import BatchRNG
 from sid_train.data.cache import Cache, Shards, write_shard
 from sid_train.data.pairs import load_pairs
 from sid_train.data.rows import load_prompt_table
+from sid_train.files.locks import lock_folder
 from sid_train.files.logs import read_log
 from sid_train.models.digits.data import COLOURS, TRAINING_SUBJECTS
 from sid_train.models.digits.model import ARCHITECTURE, TEACHER_FILE
@@ -60,7 +61,8 @@ def config(prompts, *overrides, pairs=None):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a cache; the lock stays where it was."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 @pytest.mark.parametrize(("kind", "unconditional"), [("prompts", "empty"), ("pairs", "zeros"), ("buckets", "empty")])
@@ -220,6 +222,18 @@ def test_damaged_caches_are_named(prompts, tmp_path):
         load_prompt_table(table, load_model("demo"), "empty")
     encode_cache(config(prompts), folder, shard_size=8)  # and mends it
     assert shard.read_bytes() == whole
+    for at in (len(whole) - 9, 300):  # of the data, and of the header
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        shard.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"prompts-00001\.safetensors.*"):
+            load_prompt_table(table, load_model("demo"), "empty").read(range(20))
+        encode_cache(config(prompts), folder, shard_size=8)
+        assert shard.read_bytes() == whole
+    held = lock_folder(folder, "held")
+    with pytest.raises(ValueError, match="another process is encoding into this folder"):
+        encode_cache(config(prompts), folder, shard_size=8)
+    held.release()
     (folder / "index.json").write_text("[]")
     with pytest.raises(ValueError, match=r"index\.json: not the index of a cache"):
         load_prompt_table(table, load_model("demo"), "empty")

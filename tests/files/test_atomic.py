@@ -77,11 +77,13 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
 
 def test_whoever_holds_the_lock_removes_all_leftovers_and_nothing_else(tmp_path):
     killed_while_writing(tmp_path / "a")
-    for mine in (".notes.tmp", "a.tmp", ".a.b.1.tmp"):
+    for mine in (".notes.tmp", "a.tmp", ".a.b.tmp"):
         (tmp_path / mine).write_text("")
     (tmp_path / ".old.otherhost.12.0123abcd.tmp").mkdir()
+    (tmp_path / ".checkpoint.safetensors.123.tmp").write_text("as earlier versions named them")
+    (tmp_path / ".0000004.tmp").mkdir()
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".a.b.1.tmp", ".notes.tmp", "a.tmp"]
+    assert names(tmp_path) == [".a.b.tmp", ".notes.tmp", "a.tmp"]
 
 
 def test_two_writers_with_one_process_number_do_not_share_a_name(tmp_path):

@@ -121,6 +121,8 @@ class RealDigits:
 class DigitPairs:
     """Real image-text pairs for the GAN branch: the teacher's own split and prompts."""
 
+    identity = "demo"
+
     def __init__(self, codec: LatentCodec, conditioner: Conditioner):
         self.codec, self.real = codec, RealDigits("teacher")
         self.cond = conditioner.encode([s.prompt for s in TRAINING_SUBJECTS])

@@ -1,0 +1,66 @@
+"""What makes a run that run: its configuration, its teacher and its data, as files are, not as paths are spelled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..config import FREE_KEYS, SOURCE_KEYS, Config, config_from_dict
+from ..data.cache import prompt_facts
+from ..models.bundle import ModelBundle
+from ..models.conditioning import PairSource
+from .checkpoint import Facts
+
+
+def identity_of(config: Config, bundle: ModelBundle, prompts: list[str], pairs: PairSource | None) -> Facts:
+    """What goes into every checkpoint of a run, so that it continues with nothing else."""
+    return {
+        "teacher": bundle.file_hash,
+        "prompts": prompt_facts(prompts)["prompts"],
+        "pairs": pairs.identity if pairs is not None else "none",
+        "config": json.dumps(config.flat()),
+    }
+
+
+def config_of(facts: Facts, path: Path) -> Config | None:
+    """The configuration that a checkpoint at ``path`` was made with; None where it is older than that fact."""
+    if "config" not in facts:
+        return None
+    tables: dict[str, dict] = {}
+    for key, value in json.loads(str(facts["config"])).items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    return config_from_dict(tables, str(path))
+
+
+def changes(stored: Config, config: Config) -> list[str]:
+    """The keys whose values differ, each with both."""
+    before, after = stored.flat(), config.flat()
+    return [f"{key} (was {before[key]!r}, now {after[key]!r})" for key in after if after[key] != before[key]]
+
+
+def forbidden_changes(stored: Config, config: Config) -> list[str]:
+    """Those of ``changes`` with which it would be another run."""
+    allowed = FREE_KEYS | SOURCE_KEYS
+    return [change for change in changes(stored, config) if change.partition(" ")[0] not in allowed]
+
+
+def require_identity(facts: Facts, identity: Facts, config: Config, path: Path) -> None:
+    """ValueError where a checkpoint with ``facts`` was trained from another teacher or other data than ``identity``."""
+    require_same_teacher(facts, str(identity["teacher"]), path)
+    for name, source in (("prompts", config.data.prompts), ("pairs", config.data.pairs or "nothing")):
+        there, here = facts.get(name, identity[name]), identity[name]
+        if there != here:
+            raise ValueError(
+                f"{path}: the run was trained on other {name} than data.{name} = {source} has now ({there} then, "
+                f"{here} now): put the old ones back, or start another run with another --out"
+            )
+
+
+def require_same_teacher(facts: Facts, sha256: str, path: Path) -> None:
+    """ValueError where a checkpoint with ``facts`` was trained from a teacher with another hash."""
+    if facts["teacher"] != sha256:
+        raise ValueError(
+            f"{path}: the run was distilled from a teacher with SHA-256 {facts['teacher']}, but the file now has "
+            f"{sha256}: put the old one back, or start another run"
+        )
