@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 
@@ -13,6 +15,10 @@ from ..data.pairs import load_pairs
 from ..data.rows import prompts_of
 from ..models.bundle import count_parameters
 from ..models.families import open_model
+from ..plan.estimate import GIB, Hardware, make_planner
+from ..plan.trace import makes_pictures
+from ..training.checkpoint import read_facts
+from ..training.identity import identity_of, require_identity
 from ..training.run import RunFolder
 from ..training.setup import adam_class, load_init_generator, require_diffusion_model
 
@@ -24,8 +30,9 @@ def _shape(sizes: tuple[int, ...]) -> str:
 def describe_run(config: Config, run_dir: Path) -> str:
     """What a run with this configuration would do, a line a fact. ValueError for what would stop it."""
     folder = RunFolder(run_dir)
-    folder.require_config(config)
+    changed = folder.require_config(config)
     adam_class(config.optimizer.kind)
+    _check_tracker(config.training.tracker)
     if config.training.clip_model:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 
@@ -55,16 +62,57 @@ def describe_run(config: Config, run_dir: Path) -> str:
         ("prompts", str(len(prompts))),
         ("first prompt", f"{prompts[0]!r}, {source}: {told}"),
     ]
+    pairs = None
     if config.data.pairs:
         pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache)
         real = pairs.draw(1, BatchRNG(torch.Generator().manual_seed(0)))
         facts.append(("pairs", f"a first one: latents {_shape(real.latents.shape)}"))
+    checkpoint, damaged = folder.good_checkpoint()
+    start = 0
+    if checkpoint is not None:
+        bundle.file_hash = folder.sha256(bundle.weights)
+        found = read_facts(checkpoint)
+        require_identity(found, identity_of(config, bundle, prompts, pairs), config, checkpoint)
+        start = int(found["iteration"])
+    facts += [("damaged", problem) for _, problem in damaged]
+    if makes_pictures(config.training):
+        bundle.codec.decode(torch.zeros(1, bundle.latent_shape[0], 8, 8))
+        facts.append(("VAE", "decodes, for grids and scores"))
     training, strategy = config.training, config.method.strategy
     facts += [
         ("trained", f"LoRA adapters of rank {config.adapter.rank}" if config.adapter.rank else "whole networks"),
         ("guidance", f"{strategy.name}: {strategy.fake_train:g}, {strategy.fake_eval:g}, {strategy.teacher:g}"),
         ("iterations", f"{training.iterations:,} of batch {training.batch_size}, in {training.accumulate} part(s)"),
-        ("run", f"continues {run_dir}" if folder.last_checkpoint() else f"starts in {run_dir}"),
+        ("run", f"continues {run_dir} from iteration {start}" if start else f"starts in {run_dir}"),
+        *(("run", change) for change in changed),
+        ("disk", _check_disk(config, run_dir)),
     ]
     width = max(len(name) for name, _ in facts)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in facts), "Nothing was trained or written."])
+
+
+def _check_tracker(name: str) -> None:
+    """ValueError for a tracker that would not take what the run tells."""
+    if name != "wandb":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("training.tracker: wandb is not installed: pip install wandb, or none") from None
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and not wandb.api.api_key:
+        raise ValueError("training.tracker: wandb has no login here: wandb login, or WANDB_MODE=offline")
+
+
+def _check_disk(config: Config, run_dir: Path) -> str:
+    """What the run keeps and what is free. ValueError where it cannot write or has no room."""
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: {place}: expected a folder that can be written into")
+    plan = make_planner(config).plan(config, Hardware(1, 1, 0))
+    needed, free = plan.checkpoint * (config.training.keep_checkpoints + 1) + plan.snapshots, disk_usage(place).free
+    told = f"{needed / GIB:,.1f} GiB for checkpoints and snapshots, {free / GIB:,.1f} GiB free in {place}"
+    if needed > free:
+        raise ValueError(f"--out: {told}: make room, or lower training.keep_checkpoints or training.snapshot_every")
+    return told

@@ -49,8 +49,8 @@ def describe(plan: Plan, config: Config, hardware: Hardware, flops_per_second: f
     lines += [
         f"FLOPs     {plan.flops_per_iteration / 1e12:,.1f} T an iteration over all GPUs; "
         f"{plan.forward_flops / 1e12:,.2f} T a picture through the generator",
-        f"disk      {_gib(plan.checkpoint)} GiB a checkpoint, twice that while one is replaced; "
-        f"{_gib(plan.snapshots)} GiB of snapshots",
+        f"disk      {_gib(plan.checkpoint)} GiB a checkpoint, {config.training.keep_checkpoints} of them kept while "
+        f"the next is written; {_gib(plan.snapshots)} GiB of snapshots",
         f"          cache of encoded prompts: {_cache(plan)}",
         f"time      {_time(plan, flops_per_second)}",
     ]
