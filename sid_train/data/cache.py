@@ -1,8 +1,9 @@
 """A folder of encoded prompts and pairs: safetensors shards, and an index that is written when all of them are there.
 
 Each shard has one tensor a field, rows along the first axis: ``row`` (int64, the row's place in the list of prompts or
-pairs), the fields of ``Conditioning`` and, for pairs, ``latents``. Facts about what was encoded are in the index and in
-every shard's header, so that a cache of something else is never taken for this one.
+pairs), the fields of ``Conditioning`` and, for pairs, ``latents``. Its rows are alike in their shapes: texts have
+equally many chunks, pictures one size. Facts about what was encoded are in the index and in every shard's header, so
+that a cache of something else is never taken for this one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..core.recipe import Unconditional
 from ..core.rng import BatchRNG
 from ..files.atomic import replacing, write_text
 from ..models.bundle import ModelBundle
-from ..models.conditioning import Conditioning, RealBatch
+from ..models.conditioning import Conditioning, RealBatch, join
+from .lengths import Lengths
 from .picker import RowPicker
 from .pictures import Pictures
 
@@ -32,7 +34,7 @@ UNCONDITIONAL_FILE = "unconditional.safetensors"
 FORMAT = 1
 
 Facts = dict[str, Any]
-"""What a cache was made of, in JSON's types."""
+"""What a cache was made of, in JSON's types. None is written nowhere, and expected not to be there."""
 ShardIndex = list[dict[str, Any]]
 """``{"file": name, "rows": count}`` for each shard of one table."""
 
@@ -41,14 +43,15 @@ def model_facts(bundle: ModelBundle) -> Facts:
     return {"format": FORMAT, "model": f"SHA-256 {bundle.file_hash}", "image_size": list(bundle.image_size)}
 
 
-def prompt_facts(prompts: list[str]) -> Facts:
-    return {"prompts": _digest(prompts)}
+def prompt_facts(prompts: list[str], lengths: Lengths) -> Facts:
+    """The most chunks of a prompt too: earlier versions read only one, and ``data.max_tokens`` may say so."""
+    return {"prompts": _digest(prompts), "prompt_chunks": lengths.most}
 
 
-def pair_facts(pictures: Pictures, buckets: bool) -> Facts:
+def pair_facts(pictures: Pictures, buckets: bool, lengths: Lengths) -> Facts:
     """Pictures are told by file name, caption and size in bytes: to read all of them takes too long at every start."""
     entries = [[entry.file.name, entry.caption, entry.size, entry.offset] for entry in pictures.entries]
-    return {"pairs": _digest(entries), "buckets": buckets}
+    return {"pairs": _digest(entries), "buckets": buckets, "caption_chunks": lengths.most}
 
 
 def _digest(items: list) -> str:
@@ -72,7 +75,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
     """The whole file or none of it. One metadata key, since safetensors writes several in any order."""
     with replacing(path) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"facts": json.dumps(facts, sort_keys=True)})
+        save_file(contiguous, temporary, {"facts": json.dumps(_written(facts), sort_keys=True)})
 
 
 def shard_is_there(path: Path, facts: Facts) -> bool:
@@ -85,8 +88,12 @@ def shard_is_there(path: Path, facts: Facts) -> bool:
 
 
 def write_index(folder: Path, facts: Facts, prompts: ShardIndex, pairs: ShardIndex) -> None:
-    content = {"facts": facts, "unconditional": UNCONDITIONAL_FILE, "prompts": prompts, "pairs": pairs}
+    content = {"facts": _written(facts), "unconditional": UNCONDITIONAL_FILE, "prompts": prompts, "pairs": pairs}
     write_text(folder / INDEX_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _written(facts: Facts) -> Facts:
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -131,7 +138,7 @@ class Shards:
             self.latent_shapes = [shapes[number] for number in self.shard.tolist()]
 
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """All fields of ``rows``, in the order given; each shard is opened once."""
+        """All fields of ``rows``, in the order given; each shard is opened once. Texts are made ``equally_long``."""
         found: dict[str, list[Tensor]] = {}
         shards = self.shard[list(rows)]
         order = torch.argsort(shards, stable=True).tolist()
@@ -144,7 +151,7 @@ class Shards:
                             at = int(self.position[rows[k]])
                             found.setdefault(name, []).append(part[at : at + 1])
         back = torch.argsort(torch.tensor(order))
-        return {name: torch.cat(parts)[back] for name, parts in found.items()}
+        return {name: join(parts)[back] for name, parts in found.items()}
 
 
 class CachedRows:
