@@ -13,8 +13,8 @@ from torch import Tensor
 from ..core.rng import BatchRNG
 
 CHUNK_TOKENS = 75
-"""Of a prompt, that CLIP's text encoders read at once, between a start and an end token. Longer ones are read in chunks
-of as many."""
+"""How many tokens of a prompt CLIP's text encoders read at once, between a start and an end token. Longer prompts are
+read in chunks of as many."""
 MAX_TOKENS = 225
 """After which prompts are cut where nothing else is said: three chunks, the most that kohya's trainers read."""
 

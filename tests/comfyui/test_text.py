@@ -33,6 +33,11 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def conditioner(file):
+    return load_model(str(file), None, 64).conditioner
+
+
+@pytest.fixture(scope="module")
 def clip(pack, file):
     """ComfyUI's CLIP of SDXL, as small as the file's, with its text encoders."""
     import comfy.sd
@@ -53,13 +58,18 @@ def clip(pack, file):
     return made
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
-def test_a_prompt_is_encoded_as_comfyui_encodes_it(clip, file, prompt):
-    import nodes
+@pytest.fixture(scope="module")
+def encode(clip):
+    """What the node gives for a prompt: hidden states, and a dictionary with the pooled vector."""
+    import nodes as comfyui_nodes
 
-    conditioner = load_model(str(file), None, 64).conditioner
+    return lambda prompt: call(comfyui_nodes.CLIPTextEncode, clip, prompt)[0][0]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_a_prompt_is_encoded_as_comfyui_encodes_it(encode, conditioner, prompt):
     ours = conditioner.encode([prompt])
-    (((text, extra),),) = call(nodes.CLIPTextEncode, clip, prompt)
+    text, extra = encode(prompt)
     assert text.shape[1] == 77 * conditioner.chunks([prompt])[0]
     kept = ours.text.shape[1]
     assert kept == min(text.shape[1], 3 * 77)
@@ -67,12 +77,11 @@ def test_a_prompt_is_encoded_as_comfyui_encodes_it(clip, file, prompt):
     torch.testing.assert_close(ours.pooled, extra["pooled_output"], rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_of_different_lengths_are_batched_as_comfyui_batches_them(clip, file):
-    import nodes
+def test_prompts_of_different_lengths_are_batched_as_comfyui_batches_them(encode, conditioner):
     from comfy.conds import CONDCrossAttn
 
     prompts = ["a cat", "word " * 76, "word " * 151]
-    first, *others = [CONDCrossAttn(call(nodes.CLIPTextEncode, clip, prompt)[0][0][0]) for prompt in prompts]
-    ours = load_model(str(file), None, 64).conditioner.encode(prompts)
+    first, *others = [CONDCrossAttn(encode(prompt)[0]) for prompt in prompts]
+    ours = conditioner.encode(prompts)
     assert ours.text.shape[1] == 6 * 77
     torch.testing.assert_close(ours.text, first.concat(others), rtol=1e-5, atol=1e-5)

@@ -13,16 +13,14 @@ from small_sdxl import save_single_file, small_pipeline
 from sid_train.cli import main
 from sid_train.core.recipe import read_recipe
 from sid_train.core.rng import BatchRNG
+from sid_train.data.config import DataConfig
 from sid_train.data.pairs import load_pairs
+from sid_train.data.rows import load_prompt_table
 from sid_train.files.logs import read_log
 from sid_train.models.families import load_model
 from sid_train.training.run import RunFolder
 
-PROMPTS = [
-    "a lighthouse at dawn",
-    "a cat in a hat",
-    "an old map" + ", with a compass rose" * 20,
-]  # the last: two chunks
+PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "an old map" + ", with a compass rose" * 20]  # the last: 2 chunks
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +137,8 @@ def test_whole_networks_in_bf16_with_pairs_from_a_cache(settings, folder, tmp_pa
     assert set(logs[0][0]) == {"fake_score", "discriminator", "sid", "gan"}
 
 
-def test_long_prompts_have_shards_of_their_own(settings, folder, tmp_path, capsys):
+def test_long_prompts_have_shards_of_their_own(teacher, settings, folder, tmp_path, capsys):
+    bundle = load_model(teacher, None, 64)
     cache, index = tmp_path / "cache", tmp_path / "cache" / "index.json"
     pairs = ["--set", f"data.pairs={folder / 'pairs'}", "--set", "gan.generator_weight=0.01"]
     run("encode", *RECIPE, *settings, *pairs, "--out", cache)
@@ -155,14 +154,14 @@ def test_long_prompts_have_shards_of_their_own(settings, folder, tmp_path, capsy
 
     # As an earlier version cut them, and as this one does where it is told to.
     short, once = tmp_path / "short", ["--set", "data.max_tokens=75"]
-    run("encode", *RECIPE, *settings, *pairs, *once, "--out", short)
+    run("encode", *RECIPE, *settings, *once, "--out", short)
     assert "prompts.txt: 1 have more than 75 tokens, 1 are cut after 75\n" in capsys.readouterr().out
     assert [shard["rows"] for shard in json.loads((short / "index.json").read_text())["prompts"]] == [3]
-    for settings_, folder_ in (([], short), (once, cache)):
-        asked = ["distill", *RECIPE, *settings, *pairs, *settings_, "--set", f"data.cache={folder_}", "--dry-run"]
-        assert main([str(a) for a in [*asked, "--out", tmp_path / "run"]]) == 2
-        assert "was encoded from something else: prompt_chunks" in capsys.readouterr().err
-    assert main([str(a) for a in ["encode", *RECIPE, *settings, *pairs, "--out", short]]) == 2
+    for limit, made in ((225, short), (75, cache)):
+        bundle.conditioner.max_tokens = limit
+        with pytest.raises(ValueError, match="was encoded from something else: prompt_chunks"):
+            load_prompt_table(DataConfig(str(folder / "prompts.txt"), cache=str(made)), bundle, "empty")
+    assert main([str(a) for a in ["encode", *RECIPE, *settings, "--out", short]]) == 2
     assert "was encoded from something else: prompt_chunks (None there, 2 here)" in capsys.readouterr().err
 
 
