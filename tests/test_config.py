@@ -52,6 +52,7 @@ def test_they_say_where_every_value_is_from(name):
         ("method.t_init=2", "t_init: expected 4"),
         ("method.guidance=cfg=3", "guidance: expected none"),
         ("method.noise_mode=blue", "expected one of fresh, fixed, ddim"),
+        ("data.max_tokens=300", "data.max_tokens: expected 75, 150 or 225, got 300"),
         ("method.t_max=10", "t_min < t_max"),
         ("gan.generator_weight=1", "needs real pairs"),
         ("data.pairs=demo", "unused while gan.generator_weight is 0"),

@@ -11,6 +11,7 @@ import torch
 from ..config import Config
 from ..core.rng import BatchRNG
 from ..data.cache import Cache, model_facts, prompt_facts
+from ..data.lengths import measure
 from ..data.pairs import load_pairs
 from ..data.rows import prompts_of
 from ..models.bundle import count_parameters
@@ -40,6 +41,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
     model = open_model(config.model.teacher, config.model.resolution)
     require_diffusion_model(model, config)
     bundle = model.load(None, config.model.resolution)
+    bundle.conditioner.max_tokens = config.data.max_tokens
     load_init_generator(config, model)
     facts = [
         ("teacher", f"{bundle.name} ({bundle.architecture}), {bundle.denoiser.schedule.prediction_type}"),
@@ -50,21 +52,22 @@ def describe_run(config: Config, run_dir: Path) -> str:
         ),
     ]
     prompts = prompts_of(config.data.prompts)
+    lengths = measure(bundle.conditioner, prompts)
     if config.data.cache:
         bundle.file_hash = folder.sha256(bundle.weights)  # read for the cache's facts alone
         cache = Cache(Path(config.data.cache))
-        cache.expect(model_facts(bundle) | prompt_facts(prompts))
+        cache.expect(model_facts(bundle) | prompt_facts(prompts, lengths))
         cond, source = cache.prompts().read([0]), "from the cache"
     else:
         cond, source = bundle.conditioner.encode(prompts[:1]), "encoded now"
     told = ", ".join(f"{name} {_shape(tensor.shape)}" for name, tensor in cond.tensors.items())
     facts += [
-        ("prompts", str(len(prompts))),
+        ("prompts", f"{len(prompts)}, {lengths}" if lengths.longer else str(len(prompts))),
         ("first prompt", f"{prompts[0]!r}, {source}: {told}"),
     ]
     pairs = None
     if config.data.pairs:
-        pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache)
+        pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache, report=True)
         real = pairs.draw(1, BatchRNG(torch.Generator().manual_seed(0)))
         facts.append(("pairs", f"a first one: latents {_shape(real.latents.shape)}"))
     checkpoint, damaged = folder.good_checkpoint()

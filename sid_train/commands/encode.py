@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from ..data.cache import (
     write_index,
     write_shard,
 )
-from ..data.pairs import PicturePairs
+from ..data.lengths import measure, report_long
+from ..data.pairs import PicturePairs, caption_lengths
 from ..data.pictures import open_pictures
 from ..data.rows import encode_prompts, prompts_of
 from ..files.atomic import remove_leftovers
@@ -61,13 +62,21 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
         raise ValueError("data.pairs: the demo's pictures are made anew at each draw: they cannot be cached")
     bundle = load_model(config.model.teacher, None, config.model.resolution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bundle.conditioner.max_tokens = config.data.max_tokens
     bundle.conditioner.to(device)
     bundle.codec.to(device)
     prompts = prompts_of(config.data.prompts, report=True)
     facts: Facts = model_facts(bundle) | {"dtype": dtype or "as encoded", "shard_size": shard_size}
-    facts |= prompt_facts(prompts)
+    lengths = measure(bundle.conditioner, prompts)
+    report_long(lengths, config.data.prompts)
+    facts |= prompt_facts(prompts, lengths)
     pictures = open_pictures(config.data.pairs) if config.data.pairs else None
-    facts |= {"pairs": "none"} if pictures is None else pair_facts(pictures, config.data.buckets)
+    if pictures is None:
+        facts["pairs"] = "none"
+    else:
+        captions = caption_lengths(bundle, pictures)
+        report_long(captions, f"{config.data.pairs}, captions")
+        facts |= pair_facts(pictures, config.data.buckets, captions)
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out, "another process is encoding into this folder")
     if (out / INDEX_FILE).is_file():
@@ -106,19 +115,26 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     write(UNCONDITIONAL_FILE, unconditional)
     prompt_index = write_table(
         "prompts",
-        [list(range(len(prompts)))],
+        _alike(lengths.chunks),
         lambda rows: encode_prompts(bundle.conditioner, [prompts[row] for row in rows]).tensors,
     )
     pair_index: ShardIndex = []
     if pictures is not None:
         pairs = PicturePairs(pictures, bundle, config.data.buckets)
-        same_size = [[r for r, s in enumerate(pairs.sizes) if s == size] for size in sorted(set(pairs.sizes))]
 
         def encode_pairs(rows: list[int]) -> Tensors:
             latents, conds = zip(*map(pairs.encode, rows), strict=True)
             return {"latents": torch.cat(latents)} | Conditioning.cat(conds).tensors
 
-        pair_index = write_table("pairs", same_size, encode_pairs)
+        pair_index = write_table("pairs", _alike(list(zip(pairs.sizes, captions.chunks, strict=True))), encode_pairs)
     write_index(out, facts, prompt_index, pair_index)
     lock.release()
     print(f"{out}: {len(prompts)} prompts, {len(pictures or [])} pairs. Train with --set data.cache={out}", flush=True)
+
+
+def _alike(kinds: Sequence[Any]) -> list[list[int]]:
+    """The rows of each kind, for shards that have one shape of a field."""
+    groups: dict[Any, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(row)
+    return [groups[kind] for kind in sorted(groups)]

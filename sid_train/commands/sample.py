@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.lengths import measure, report_long
 from ..files.atomic import replacing
 from ..files.images import image_grid, to_pil
 from ..files.tensors import DTYPES
@@ -35,6 +36,7 @@ def sample(
     timesteps = recipe.timesteps_for(steps)
     if len(timesteps) != recipe.steps:
         print(f"warning: {model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
+    report_long(measure(bundle.conditioner, prompts), "--prompt")
     bundle.to(where, DTYPES[dtype])
     images = sample_images(bundle, recipe, [prompt for prompt in prompts for _ in range(count)], seed, steps)
     with replacing(out) as temporary:

@@ -1,8 +1,9 @@
 """A folder of encoded prompts and pairs: safetensors shards, and an index that is written when all of them are there.
 
 Each shard has one tensor a field, rows along the first axis: ``row`` (int64, the row's place in the list of prompts or
-pairs), the fields of ``Conditioning`` and, for pairs, ``latents``. Facts about what was encoded are in the index and in
-every shard's header, so that a cache of something else is never taken for this one.
+pairs), the fields of ``Conditioning`` and, for pairs, ``latents``. Its rows are alike in their shapes: texts have
+equally many chunks, pictures one size. Facts about what was encoded are in the index and in every shard's header, so
+that a cache of something else is never taken for this one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..core.rng import BatchRNG
 from ..files.atomic import write_text
 from ..files.tensors import DamagedFile, LazyTensor, verify, write_tensors
 from ..models.bundle import ModelBundle
-from ..models.conditioning import Conditioning, RealBatch
+from ..models.conditioning import Conditioning, RealBatch, join
+from .lengths import Lengths
 from .picker import RowPicker
 from .pictures import Pictures
 
@@ -32,7 +34,7 @@ UNCONDITIONAL_FILE = "unconditional.safetensors"
 FORMAT = 1
 
 Facts = dict[str, Any]
-"""What a cache was made of, in JSON's types."""
+"""What a cache was made of, in JSON's types. None is written nowhere, and expected not to be there."""
 ShardIndex = list[dict[str, Any]]
 """``{"file": name, "rows": count}`` for each shard of one table."""
 
@@ -41,14 +43,23 @@ def model_facts(bundle: ModelBundle) -> Facts:
     return {"format": FORMAT, "model": f"SHA-256 {bundle.file_hash}", "image_size": list(bundle.image_size)}
 
 
-def prompt_facts(prompts: list[str]) -> Facts:
-    return {"prompts": _digest(prompts)}
+def prompt_facts(prompts: list[str], lengths: Lengths) -> Facts:
+    """The most chunks of a prompt too: earlier versions read only one, and ``data.max_tokens`` may say so."""
+    return {"prompts": prompts_digest(prompts), "prompt_chunks": lengths.most}
 
 
-def pair_facts(pictures: Pictures, buckets: bool) -> Facts:
+def pair_facts(pictures: Pictures, buckets: bool, lengths: Lengths) -> Facts:
+    return {"pairs": pairs_digest(pictures), "buckets": buckets, "caption_chunks": lengths.most}
+
+
+def prompts_digest(prompts: list[str]) -> str:
+    """What a list of prompts is, wherever it is kept."""
+    return _digest(prompts)
+
+
+def pairs_digest(pictures: Pictures) -> str:
     """Pictures are told by file name, caption and size in bytes: to read all of them takes too long at every start."""
-    entries = [[entry.file.name, entry.caption, entry.size, entry.offset] for entry in pictures.entries]
-    return {"pairs": _digest(entries), "buckets": buckets}
+    return _digest([[entry.file.name, entry.caption, entry.size, entry.offset] for entry in pictures.entries])
 
 
 def _digest(items: list) -> str:
@@ -71,7 +82,7 @@ def require_same(found: Facts, expected: Facts, where: str) -> None:
 def write_shard(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
     """The whole file, with its hash, or none of it."""
     stored = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
-    write_tensors(path, stored, {"facts": json.dumps(facts, sort_keys=True)}, checksum=True)
+    write_tensors(path, stored, {"facts": json.dumps(_written(facts), sort_keys=True)}, checksum=True)
 
 
 def shard_is_there(path: Path, facts: Facts) -> bool:
@@ -91,8 +102,12 @@ def shard_is_there(path: Path, facts: Facts) -> bool:
 
 
 def write_index(folder: Path, facts: Facts, prompts: ShardIndex, pairs: ShardIndex) -> None:
-    content = {"facts": facts, "unconditional": UNCONDITIONAL_FILE, "prompts": prompts, "pairs": pairs}
+    content = {"facts": _written(facts), "unconditional": UNCONDITIONAL_FILE, "prompts": prompts, "pairs": pairs}
     write_text(folder / INDEX_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _written(facts: Facts) -> Facts:
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -138,7 +153,7 @@ class Shards:
             self.latent_shapes = [shapes[number] for number in self.shard.tolist()]
 
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """All fields of ``rows``, in the order given; each shard is opened once."""
+        """All fields of ``rows``, in the order given; each shard is opened once. Texts are made ``equally_long``."""
         found: dict[str, list[Tensor]] = {}
         shards = self.shard[list(rows)]
         order = torch.argsort(shards, stable=True).tolist()
@@ -152,7 +167,7 @@ class Shards:
                             at = int(self.position[rows[k]])
                             found.setdefault(name, []).append(part[at : at + 1])
         back = torch.argsort(torch.tensor(order))
-        return {name: torch.cat(parts)[back] for name, parts in found.items()}
+        return {name: join(parts)[back] for name, parts in found.items()}
 
     def verify(self) -> None:
         """ValueError where a file is not what was written: about a second a gigabyte."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..models.conditioning import MAX_TOKENS
+
 
 @dataclass
 class DataConfig:
@@ -19,3 +21,11 @@ class DataConfig:
     that size, which tells the discriminator something: false is the safe choice."""
     cache: str = ""
     """A folder that `sid_train encode` made of these prompts and pairs, read instead of encoding them; or empty."""
+    max_tokens: int = MAX_TOKENS
+    """Prompts and captions are read in chunks of 75 tokens, as ComfyUI reads them, and cut after 75, 150 or 225 tokens.
+    Long ones take memory: a batch has up to six chunks."""
+
+    def __post_init__(self) -> None:
+        # No more: rows of 1 to 3 chunks meet in a batch as 6, those of 1 to 10 would as 2,520.
+        if self.max_tokens not in (75, 150, 225):
+            raise ValueError(f"data.max_tokens: expected 75, 150 or 225, got {self.max_tokens}")

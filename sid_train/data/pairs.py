@@ -11,7 +11,8 @@ from ..core.rng import BatchRNG
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, PairSource, RealBatch
 from ..models.families import shipped_by
-from .cache import Cache, model_facts, pair_facts
+from .cache import Cache, model_facts, pair_facts, pairs_digest
+from .lengths import Lengths, measure, report_long
 from .picker import RowPicker
 from .pictures import Pictures, Size, bucket_sizes, cut_out, nearest_bucket, open_pictures
 from .rows import EncodedRows, LiveRows
@@ -27,7 +28,7 @@ class PicturePairs:
     def __init__(self, pictures: Pictures, bundle: ModelBundle, buckets: bool = False):
         self.pictures, self.codec, self.buckets = pictures, bundle.codec, buckets
         self.sizes = picture_sizes(pictures, bundle, buckets)
-        self.identity: str = pair_facts(pictures, buckets)["pairs"]
+        self.identity = pairs_digest(pictures)
         self.picker = RowPicker(self.sizes)
         self.captions: EncodedRows = LiveRows([entry.caption for entry in pictures.entries], bundle.conditioner)
 
@@ -55,9 +56,15 @@ def picture_sizes(pictures: Pictures, bundle: ModelBundle, buckets: bool) -> lis
     return [nearest_bucket((image.height, image.width), sizes) for image in images]
 
 
-def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "") -> PairSource:
+def caption_lengths(bundle: ModelBundle, pictures: Pictures) -> Lengths:
+    return measure(bundle.conditioner, [entry.caption for entry in pictures.entries])
+
+
+def load_pairs(
+    source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "", report: bool = False
+) -> PairSource:
     """The pairs that ``data.pairs`` names, or those that ``cache`` made of them; neither the text encoder nor the
-    latent codec of ``bundle`` is then used.
+    latent codec of ``bundle`` is then used. ``report`` prints how many captions are long.
     """
     if (family := shipped_by(source)) is not None:
         if buckets:
@@ -66,8 +73,11 @@ def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: s
             raise ValueError("data.cache: the demo's pictures are made anew at each draw: they cannot be cached")
         return family.pairs(bundle)
     pictures = open_pictures(source)
+    lengths = caption_lengths(bundle, pictures)
+    if report:
+        report_long(lengths, f"{source}, captions")
     if not cache:
         return PicturePairs(pictures, bundle, buckets)
     opened = Cache(Path(cache))
-    opened.expect(model_facts(bundle) | pair_facts(pictures, buckets))
+    opened.expect(model_facts(bundle) | pair_facts(pictures, buckets, lengths))
     return opened.pairs()

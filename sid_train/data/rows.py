@@ -15,6 +15,7 @@ from ..models.conditioning import Conditioner, Conditioning
 from ..models.families import shipped_by
 from .cache import Cache, model_facts, prompt_facts
 from .config import DataConfig
+from .lengths import measure, report_long
 from .prompts import load_prompts
 
 EAGER_LIMIT = 4096
@@ -46,14 +47,14 @@ class LiveRows:
 
     def __init__(self, prompts: list[str], conditioner: Conditioner):
         self.prompts, self.conditioner = prompts, conditioner
-        self.encoded = None
+        self.encoded: list[Conditioning] | None = None  # apart, since they may be of different lengths
         if len(prompts) <= EAGER_LIMIT:
-            self.encoded = encode_prompts(conditioner, prompts)
+            self.encoded = [encode_prompts(conditioner, [prompt]) for prompt in prompts]
             conditioner.unload()
 
     def read(self, rows: Sequence[int]) -> Conditioning:
         if self.encoded is not None:
-            return self.encoded[list(rows)]
+            return Conditioning.cat([self.encoded[row] for row in rows])
         return encode_prompts(self.conditioner, [self.prompts[row] for row in rows])
 
 
@@ -93,14 +94,17 @@ def load_prompt_table(
     device: torch.device | str = "cpu",
     report: bool = True,
 ) -> PromptTable:
-    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` is then never used.
-    ``report`` prints how many were dropped.
+    """The prompts that ``data`` names, from its cache where it has one; ``bundle.conditioner`` then encodes nothing.
+    ``report`` prints how many were dropped, and how many are long.
     """
     prompts = prompts_of(data.prompts, report)
+    lengths = measure(bundle.conditioner, prompts)
+    if report:
+        report_long(lengths, data.prompts)
     if not data.cache:
         no_text = bundle.unconditional(unconditional)  # first: LiveRows frees the text encoders when it is done
         encoded = LiveRows(prompts, bundle.conditioner)
         return PromptTable(prompts, encoded, no_text, device)
     cache = Cache(Path(data.cache))
-    cache.expect(model_facts(bundle) | prompt_facts(prompts))
+    cache.expect(model_facts(bundle) | prompt_facts(prompts, lengths))
     return PromptTable(prompts, cache.prompts(), cache.unconditional(unconditional), device)

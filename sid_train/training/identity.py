@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..config import FREE_KEYS, SOURCE_KEYS, Config, config_from_dict
-from ..data.cache import prompt_facts
+from ..data.cache import prompts_digest
 from ..models.bundle import ModelBundle
 from ..models.conditioning import PairSource
 from .checkpoint import Facts
@@ -16,7 +16,7 @@ def identity_of(config: Config, bundle: ModelBundle, prompts: list[str], pairs: 
     """What goes into every checkpoint of a run, so that it continues with nothing else."""
     return {
         "teacher": bundle.file_hash,
-        "prompts": prompt_facts(prompts)["prompts"],
+        "prompts": prompts_digest(prompts),
         "pairs": pairs.identity if pairs is not None else "none",
         "config": json.dumps(config.flat()),
     }

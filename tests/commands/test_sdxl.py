@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +13,14 @@ from small_sdxl import save_single_file, small_pipeline
 from sid_train.cli import main
 from sid_train.core.recipe import read_recipe
 from sid_train.core.rng import BatchRNG
+from sid_train.data.config import DataConfig
 from sid_train.data.pairs import load_pairs
+from sid_train.data.rows import load_prompt_table
 from sid_train.files.logs import read_log
 from sid_train.models.families import load_model
 from sid_train.training.run import RunFolder
 
-PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "an old map"]
+PROMPTS = ["a lighthouse at dawn", "a cat in a hat", "an old map" + ", with a compass rose" * 20]  # the last: 2 chunks
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,40 @@ def test_whole_networks_in_bf16_with_pairs_from_a_cache(settings, folder, tmp_pa
     assert set(logs[0][0]) == {"fake_score", "discriminator", "sid", "gan"}
 
 
+def test_long_prompts_have_shards_of_their_own(teacher, settings, folder, tmp_path, capsys):
+    bundle = load_model(teacher, None, 64)
+    cache, index = tmp_path / "cache", tmp_path / "cache" / "index.json"
+    pairs = ["--set", f"data.pairs={folder / 'pairs'}", "--set", "gan.generator_weight=0.01"]
+    run("encode", *RECIPE, *settings, *pairs, "--out", cache)
+    told = "1 have more than 75 tokens (read in up to 2 chunks), 0 are cut after 225\n"
+    out = capsys.readouterr().out
+    assert f"prompts.txt: {told}" in out
+    assert f"pairs, captions: {told}" in out
+    for table in ("prompts", "pairs"):
+        files = [load_file(cache / f"{table}-{number:05d}.safetensors") for number in range(2)]
+        assert [(f["row"].tolist(), f["text"].shape[1]) for f in files] == [([0, 1], 77), ([2], 154)]
+    facts = json.loads(index.read_text())["facts"]
+    assert (facts["prompt_chunks"], facts["caption_chunks"]) == (2, 2)
+
+    # As an earlier version cut them, and as this one does where it is told to.
+    short, once = tmp_path / "short", ["--set", "data.max_tokens=75"]
+    run("encode", *RECIPE, *settings, *once, "--out", short)
+    assert "prompts.txt: 1 have more than 75 tokens, 1 are cut after 75\n" in capsys.readouterr().out
+    assert [shard["rows"] for shard in json.loads((short / "index.json").read_text())["prompts"]] == [3]
+    for limit, made in ((225, short), (75, cache)):
+        bundle.conditioner.max_tokens = limit
+        with pytest.raises(ValueError, match="was encoded from something else: prompt_chunks"):
+            load_prompt_table(DataConfig(str(folder / "prompts.txt"), cache=str(made)), bundle, "empty")
+    assert main([str(a) for a in ["encode", *RECIPE, *settings, "--out", short]]) == 2
+    assert "was encoded from something else: prompt_chunks (None there, 2 here)" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_one_line(lora_run, teacher, tmp_path, capsys):
+    asked = ["sample", lora_run / "generator.safetensors", "--base", teacher, "--prompt", "a cat \udcff"]
+    assert main([str(a) for a in [*asked, "--out", tmp_path / "x.png"]]) == 2
+    assert capsys.readouterr().err.endswith("half a character ('\\udcff') after 6 characters: write it anew in UTF-8\n")
+
+
 def test_pairs_keep_their_own_conditioning(teacher, folder):
     bundle = load_model(teacher, None, 64)
     real = load_pairs(str(folder / "pairs"), bundle).draw(8, BatchRNG(torch.Generator().manual_seed(0)))
@@ -147,6 +185,7 @@ def test_pairs_keep_their_own_conditioning(teacher, folder):
 def test_dry_run_reads_everything_and_writes_nothing(settings, tmp_path, capsys):
     run("distill", *RECIPE, *settings, "--out", tmp_path / "run", "--dry-run")
     out = capsys.readouterr().out
+    assert "prompts       3, 1 have more than 75 tokens (read in up to 2 chunks), 0 are cut after 225\n" in out
     assert "first prompt  'a lighthouse at dawn', encoded now: text 1x77x128" in out
     assert "LoRA adapters of rank 4" in out
     assert "Nothing was trained or written." in out

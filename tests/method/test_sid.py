@@ -199,6 +199,29 @@ def test_losses_depend_on_the_seed_alone(noise_mode, make, cond, real):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("guidance", ["none", "lsg=2", "zero-cfg"])
+def test_prompts_captions_and_no_text_of_different_lengths_meet(guidance, make, cond, unconditional, rng):
+    """One, two and three chunks, against all of them repeated to six beforehand."""
+
+    def repeated(cond, times):
+        return cond.replace(text=cond.text.repeat(1, times, 1))
+
+    words = [rng.randn(2, 8 * chunks, 64) for chunks in (2, 3)]
+    latents = rng.randn(2, *LATENT_SHAPE)
+
+    def losses(*times):
+        told, captions = (repeated(cond.replace(text=text), n) for text, n in zip(words, times[1:], strict=True))
+        distiller = make(GANConfig(generator_weight=0.1), guidance=guidance, prompt_dropout=0.5)
+        distiller.unconditional = repeated(unconditional, times[0])
+        real = RealBatch(latents, captions)
+        return distiller.fake_score_loss(told, 2, seeded(1), real) | distiller.generator_loss(told, 2, seeded(2), True)
+
+    apart, beforehand = losses(1, 1, 1), losses(6, 3, 2)
+    assert apart.keys() == beforehand.keys() == {"fake_score", "discriminator", "sid", "gan"}
+    for name, loss in apart.items():
+        torch.testing.assert_close(loss, beforehand[name], rtol=1e-4, atol=1e-6)
+
+
 def test_gan_weights_scale_their_terms(make, cond, real):
     def losses(**weights):
         distiller = make(GANConfig(**weights))

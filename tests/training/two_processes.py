@@ -133,12 +133,21 @@ def check_accumulation(trainer: Trainer) -> None:
         torch.testing.assert_close(twice, 2 * once)
 
 
+def check_text_lengths(trainer: Trainer) -> None:
+    """A process may draw longer texts than another: nothing that they tell each other has their lengths."""
+    rows, rank = trainer.prompts.encoded, trainer.accelerator.process_index
+    short, rows.encoded = rows.encoded, [c.replace(text=c.text.repeat(1, 1 + rank, 1)) for c in rows.encoded]
+    trainer.train_iteration()
+    rows.encoded = short
+
+
 def check_agreement(trainer: Trainer) -> None:
     """What is not finite on one rank stops both, before any weight changes."""
     rank = trainer.accelerator.process_index
     before = [local_part(p).clone() for p in trainer.networks["fake_score"].parameters()]
     if rank == 1:
-        trainer.prompts.encoded.encoded.pooled.fill_(float("nan"))
+        for cond in trainer.prompts.encoded.encoded:
+            cond.pooled.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the fake score loss is not finite"):
         trainer.train_iteration()
     for parameter in trainer.networks["fake_score"].parameters():
@@ -162,8 +171,10 @@ def main() -> None:
     check_unshared_folder()
     trainer = start("begun-whole", SPLIT)
     trainer.run()
+    check_text_lengths(trainer)
     check_agreement(trainer)
     trainer = check_bf16()
+    check_text_lengths(trainer)
     check_accumulation(trainer)
     check_agreement(trainer)
 

@@ -62,6 +62,8 @@ def build_unet() -> UNet2DConditionModel:
 class DigitConditioner(nn.Module):
     """Words and positions as fixed random vectors: enough text encoder for a vocabulary of two dozen words."""
 
+    max_tokens = MAX_TOKENS  # more are refused, not cut
+
     def __init__(self) -> None:
         super().__init__()
         self.words = Embedding(len(VOCABULARY), TEXT_WIDTH)
@@ -76,6 +78,9 @@ class DigitConditioner(nn.Module):
         size = float(IMAGE_SIZE)
         time_ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=text.device).repeat(len(prompts), 1)
         return Conditioning(text=text, pooled=pooled, time_ids=time_ids)
+
+    def chunks(self, prompts: Sequence[str]) -> list[int]:
+        return [1] * len(prompts)
 
     def unload(self) -> None:
         """There is nothing to be had back."""

@@ -41,7 +41,13 @@ def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) 
     parts = open_sdxl(str(path))
     if base is not None:
         other = open_sdxl(base)
-        parts = replace(parts, load_text=other.load_text, load_vae=other.load_vae, load_rest=other.load_rest)
+        parts = replace(
+            parts,
+            load_text=other.load_text,
+            load_tokenizers=other.load_tokenizers,
+            load_vae=other.load_vae,
+            load_rest=other.load_rest,
+        )
     return Generator(parts, recipe, parts.tensors)
 
 
@@ -134,7 +140,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        text = parts.load_text()
+        text, (tokenizer, tokenizer_2) = parts.load_text(), parts.load_tokenizers()
         kept = dtype if dtype != torch.bfloat16 else torch.float16
         with torch.device("meta"):
             unet = UNet2DConditionModel(**parts.unet_config)
@@ -142,8 +148,8 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
             vae=(parts.load_vae() if vae is None else load_vae(vae)).to(kept),
             text_encoder=text.clip_l.to(kept),
             text_encoder_2=text.clip_g.to(kept),
-            tokenizer=text.tokenizers[0],
-            tokenizer_2=text.tokenizers[1],
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
             unet=None,
             scheduler=DDPMScheduler(
                 beta_start=0.00085,

@@ -19,7 +19,7 @@ from .base import sdxl_text_encoders, sdxl_unet, sdxl_vae
 from .export import FORMATS, export, open_sdxl_generator
 from .keys import CLIP_G, CLIP_L, VAE, vae_config
 from .parts import RESOLUTION, SDXLParts, build_unet, check_resolution, open_sdxl
-from .text import MAX_TOKENS
+from .text import WINDOW
 
 
 class SDXLFamily(ModelFamily):
@@ -68,7 +68,7 @@ def _shapes(
         name=name,
         denoiser=UNetDenoiser(unet, VPSchedule.sdxl()),
         latent_shape=(config.in_channels, size, size),
-        conditioning={"text": (MAX_TOKENS, config.cross_attention_dim), "pooled": (pooled,), "time_ids": (6,)},
+        conditioning={"text": (WINDOW, config.cross_attention_dim), "pooled": (pooled,), "time_ids": (6,)},
         text_parameters=text_parameters,
         vae=vae,
     )

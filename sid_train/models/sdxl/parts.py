@@ -39,7 +39,7 @@ from .keys import (
     vae_modules,
 )
 from .lora import read_lora
-from .text import SDXLConditioner, TextEncoders, sdxl_tokenizers
+from .text import SDXLConditioner, TextEncoders, Tokenizers, sdxl_tokenizers
 
 REST = ("conditioner.", VAE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -113,6 +113,7 @@ class SDXLParts(OpenedModel):
     prediction_type: PredictionType
     zero_terminal_snr: bool
     load_text: Callable[[], TextEncoders]
+    load_tokenizers: Callable[[], Tokenizers]
     load_vae: Callable[[], AutoencoderKL]
     load_rest: Callable[[], dict[str, LazyTensor]]
     licence: str
@@ -128,7 +129,7 @@ class SDXLParts(OpenedModel):
             name=self.name,
             architecture=SDXL_ARCHITECTURE,
             denoiser=UNetDenoiser(unet, VPSchedule.sdxl(self.zero_terminal_snr, self.prediction_type)),
-            conditioner=SDXLConditioner(self.load_text, size),
+            conditioner=SDXLConditioner(self.load_text, self.load_tokenizers, size),
             codec=SDXLCodec(self.load_vae),
             latent_shape=(unet.config.in_channels, resolution // 8, resolution // 8),
             image_size=size,
@@ -191,6 +192,7 @@ def _from_file(path: Path) -> SDXLParts:
         prediction_type="v_prediction" if "v_pred" in tensors else "epsilon",
         zero_terminal_snr="ztsnr" in tensors,
         load_text=lambda: _text_from_file(path),
+        load_tokenizers=sdxl_tokenizers,
         load_vae=lambda: _vae_from_file(path),
         load_rest=lambda: {k: t for k, t in tensors.items() if k.startswith(REST)},
         weights=path,
@@ -219,7 +221,6 @@ def _text_from_file(path: Path) -> TextEncoders:
     clip_l = _loaded(path, CLIP_L, "CLIP-L")
     clip_g = clip_g_from_open_clip(_loaded(path, CLIP_G, "OpenCLIP bigG"))
     return TextEncoders(
-        sdxl_tokenizers(),
         _build_text(CLIPTextModel, {f"text_model.{k}": v for k, v in clip_l.items()}, "quick_gelu"),
         _build_text(CLIPTextModelWithProjection, clip_g, "gelu"),
     )
@@ -281,13 +282,13 @@ def _from_diffusers(source: str) -> SDXLParts:
 
     def load_text() -> TextEncoders:
         return TextEncoders(
-            (
-                CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-            ),
             CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32),
             CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", torch_dtype=torch.float32),
         )
+
+    def load_tokenizers() -> Tokenizers:
+        first, second = (CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
+        return first, second
 
     return SDXLParts(
         name=Path(source).name,
@@ -296,6 +297,7 @@ def _from_diffusers(source: str) -> SDXLParts:
         prediction_type=prediction,
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
         load_text=load_text,
+        load_tokenizers=load_tokenizers,
         load_vae=lambda: AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
         load_rest=lambda: _rest_of_folder(folder),
         weights=file,

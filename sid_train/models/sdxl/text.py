@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,32 +16,52 @@ import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..conditioning import Conditioning
+from ...files.reading import shown
+from ..conditioning import CHUNK_TOKENS, MAX_TOKENS, Conditioning
 
-MAX_TOKENS = 77
+WINDOW = CHUNK_TOKENS + 2
+"""Tokens of a chunk with its start and its end."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # those of OpenAI's CLIP; the file holds more
 
 
+Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
+"""CLIP-L's and OpenCLIP bigG's: they pad differently."""
+
+
 @dataclass
 class TextEncoders:
-    """CLIP-L and OpenCLIP bigG, each with its tokenizer (they pad differently)."""
+    """CLIP-L and OpenCLIP bigG."""
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     clip_l: CLIPTextModel
     clip_g: CLIPTextModelWithProjection
 
 
 class SDXLConditioner:
     """Encodes prompts as diffusers' SDXL pipeline does: penultimate hidden states of both encoders, the pooled vector
-    of the second, and the size of the picture. The encoders are loaded at the first prompt; ``unload`` frees them.
+    of the second, and the size of the picture. Prompts of more than 75 tokens are read as ComfyUI reads them: in chunks
+    of 75, whose hidden states are put one after another; pooled is the first chunk's. Prompts are taken literally.
+
+    The encoders are loaded at the first prompt; ``unload`` frees them.
     """
 
-    def __init__(self, load: Callable[[], TextEncoders], image_size: tuple[int, int], batch_size: int = 16):
-        self._load, self.image_size, self.batch_size = load, image_size, batch_size
+    def __init__(
+        self,
+        load: Callable[[], TextEncoders],
+        load_tokenizers: Callable[[], Tokenizers],
+        image_size: tuple[int, int],
+        batch_size: int = 16,
+    ):
+        self._load, self._load_tokenizers = load, load_tokenizers
+        self.image_size, self.batch_size = image_size, batch_size
         self._encoders: TextEncoders | None = None
         self.device = torch.device("cpu")
+        self.max_tokens = MAX_TOKENS
+
+    @cached_property
+    def tokenizers(self) -> Tokenizers:
+        return self._load_tokenizers()
 
     def to(self, device: torch.device) -> SDXLConditioner:
         """Where prompts are encoded from now on."""
@@ -60,7 +81,10 @@ class SDXLConditioner:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text [B, 77, 2048], pooled [B, 1280], time ids [B, 6]; prompts are cut after 75 tokens, as everywhere."""
+        """Text [B, 77 * n, 2048], pooled [B, 1280], time ids [B, 6]; n is the least common multiple of the prompts'
+        numbers of chunks (see ``equally_long``). Prompts are cut after ``max_tokens``. ValueError for what is no text.
+        """
+        require_text(prompts)
         if self._encoders is None:
             self._encoders = self._place(self._load())
         parts = [
@@ -69,26 +93,73 @@ class SDXLConditioner:
         ]
         return Conditioning.cat(parts)
 
-    def _encode(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
-        def run(tokenizer: CLIPTokenizer, model: CLIPTextModel | CLIPTextModelWithProjection) -> Any:
-            tokens = tokenizer(
-                prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-            )
-            return model(tokens.input_ids.to(self.device), output_hidden_states=True)
+    def chunks(self, prompts: Sequence[str]) -> list[int]:
+        """How many chunks each prompt has, uncut; ValueError for one that is no text.
 
-        first = run(encoders.tokenizers[0], encoders.clip_l)
-        second = run(encoders.tokenizers[1], encoders.clip_g)
+        The tokenizer splits at spaces, so each distinct word is tokenised once: a million prompts take seconds.
+        """
+        require_text(prompts)
+        # A token of ASCII text is a character at least.
+        long = [prompt for prompt in prompts if len(prompt) > CHUNK_TOKENS or not prompt.isascii()]
+        words = list({word for prompt in long for word in prompt.split(" ")})
+        tokens = dict(zip(words, map(len, _token_ids(self.tokenizers[0], words)), strict=True)) if words else {}
+        counts = {prompt: _chunk_count(sum(tokens[word] for word in prompt.split(" "))) for prompt in long}
+        return [counts.get(prompt, 1) for prompt in prompts]
+
+    def _encode(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        """All chunks in one batch."""
+        first_ids, second_ids = (_token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
+        most = self.max_tokens // CHUNK_TOKENS
+        counts = [min(_chunk_count(len(ids)), most) for ids in first_ids]
+
+        def run(
+            tokenizer: CLIPTokenizer, model: CLIPTextModel | CLIPTextModelWithProjection, token_ids: list[list[int]]
+        ) -> Any:
+            windows = [_window(tokenizer, ids, k) for ids, n in zip(token_ids, counts, strict=True) for k in range(n)]
+            return model(torch.tensor(windows, device=self.device), output_hidden_states=True)
+
+        first = run(self.tokenizers[0], encoders.clip_l, first_ids)
+        second = run(self.tokenizers[1], encoders.clip_g, second_ids)
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         height, width = map(float, self.image_size)
-        return Conditioning(
-            text=torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
-            pooled=second.text_embeds,
-            time_ids=torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device).repeat(
-                len(prompts), 1
-            ),
+        time_ids = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)
+        rows = zip(text.split(counts), second.text_embeds.split(counts), strict=True)
+        return Conditioning.cat(
+            [Conditioning(text=t.flatten(0, 1)[None], pooled=p[:1], time_ids=time_ids) for t, p in rows]
         )
 
 
-def sdxl_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+def require_text(prompts: Sequence[str]) -> None:
+    """ValueError for a prompt that no tokenizer takes: with half a surrogate pair, as of an emoji that was cut in two,
+    or of bytes on the command line that are no UTF-8.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"prompt {shown(prompt, 60)}: expected text, got half a character ({prompt[error.start]!a}) after "
+                f"{error.start} characters: write it anew in UTF-8"
+            ) from None
+
+
+def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
+    """Without start, end or padding, uncut."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
+def _chunk_count(tokens: int) -> int:
+    return max(1, -(-tokens // CHUNK_TOKENS))
+
+
+def _window(tokenizer: CLIPTokenizer, ids: list[int], number: int) -> list[int]:
+    """A chunk of a prompt's ``ids`` as the encoder gets it: start, up to 75 tokens, end, padding."""
+    chunk = ids[number * CHUNK_TOKENS : (number + 1) * CHUNK_TOKENS]
+    padding = [tokenizer.pad_token_id] * (CHUNK_TOKENS - len(chunk))
+    return [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding]
+
+
+def sdxl_tokenizers() -> Tokenizers:
     """The tokenizers of CLIP-L (pads with the end token) and OpenCLIP bigG (pads with "!", token 0), without a network.
 
     Their vocabulary is the one that the package open-clip-torch ships; ValueError if it is not installed.
@@ -106,7 +177,7 @@ def sdxl_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
     with TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-        settings = {"bos_token": START, "eos_token": END, "unk_token": END, "model_max_length": MAX_TOKENS}
+        settings = {"bos_token": START, "eos_token": END, "unk_token": END, "model_max_length": WINDOW}
         return (
             CLIPTokenizer.from_pretrained(folder, pad_token=END, **settings),
             CLIPTokenizer.from_pretrained(folder, pad_token="!", **settings),
