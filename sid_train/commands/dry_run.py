@@ -42,7 +42,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
             f"{bundle.image_size[1]}x{bundle.image_size[0]}, latents {_shape(bundle.latent_shape)}",
         ),
     ]
-    prompts = prompts_of(config.data.prompts)
+    prompts = prompts_of(config.data.prompts, report=True)
     if config.data.cache:
         bundle.file_hash = folder.sha256(bundle.weights)  # read for the cache's facts alone
         cache = Cache(Path(config.data.cache))
@@ -56,7 +56,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
         ("first prompt", f"{prompts[0]!r}, {source}: {told}"),
     ]
     if config.data.pairs:
-        pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache)
+        pairs = load_pairs(config.data.pairs, bundle, config.data.buckets, config.data.cache, report=True)
         real = pairs.draw(1, BatchRNG(torch.Generator().manual_seed(0)))
         facts.append(("pairs", f"a first one: latents {_shape(real.latents.shape)}"))
     training, strategy = config.training, config.method.strategy

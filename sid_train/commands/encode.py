@@ -61,7 +61,7 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     prompts = prompts_of(config.data.prompts, report=True)
     facts: Facts = model_facts(bundle) | {"dtype": dtype or "as encoded", "shard_size": shard_size}
     facts |= prompt_facts(prompts)
-    pictures = open_pictures(config.data.pairs) if config.data.pairs else None
+    pictures = open_pictures(config.data.pairs, report=True) if config.data.pairs else None
     facts |= {"pairs": "none"} if pictures is None else pair_facts(pictures, config.data.buckets)
     if (out / INDEX_FILE).is_file():
         require_same(read_index(out)["facts"], facts, str(out))

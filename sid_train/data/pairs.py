@@ -54,9 +54,11 @@ def picture_sizes(pictures: Pictures, bundle: ModelBundle, buckets: bool) -> lis
     return [nearest_bucket((image.height, image.width), sizes) for image in images]
 
 
-def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "") -> PairSource:
+def load_pairs(
+    source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "", report: bool = False
+) -> PairSource:
     """The pairs that ``data.pairs`` names, or those that ``cache`` made of them; neither the text encoder nor the
-    latent codec of ``bundle`` is then used.
+    latent codec of ``bundle`` is then used. ``report`` prints their number, and what is not used.
     """
     if (family := shipped_by(source)) is not None:
         if buckets:
@@ -64,7 +66,7 @@ def load_pairs(source: str, bundle: ModelBundle, buckets: bool = False, cache: s
         if cache:
             raise ValueError("data.cache: the demo's pictures are made anew at each draw: they cannot be cached")
         return family.pairs(bundle)
-    pictures = open_pictures(source)
+    pictures = open_pictures(source, report)
     if not cache:
         return PicturePairs(pictures, bundle, buckets)
     opened = Cache(Path(cache))

@@ -79,7 +79,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: RunFolder) -> Parts
     bundle.codec.to(accelerator.device)
     report = accelerator.is_main_process
     prompts = load_prompt_table(data, bundle, config.model.unconditional, accelerator.device, report)
-    pairs = load_pairs(data.pairs, bundle, data.buckets, data.cache) if data.pairs else None
+    pairs = load_pairs(data.pairs, bundle, data.buckets, data.cache, report) if data.pairs else None
     method = make_method(
         config, built, bundle.denoiser.schedule, prompts.unconditional, bundle.latent_shape, wrapped=networks
     )
