@@ -20,7 +20,8 @@ if "avif" in features.modules and features.check_module("avif"):  # since Pillow
 else:
     UNREAD_SUFFIXES += (".avif",)
 PIXEL_LIMIT = 1 << 27
-"""Pixels of a picture, 134 megapixels: half a gigabyte in RGB. A file of some kilobytes can claim any number."""
+"""Pixels of a picture, 134 megapixels: half a gigabyte in RGB, and 2 GB while a WebP is decoded. A file of some
+kilobytes can claim any number."""
 PICTURE_LIMIT = 1 << 30
 """Bytes of a picture's file."""
 GROUND = "white"
