@@ -183,12 +183,12 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in this system's folders")
-def test_only_regular_files_are_read(tmp_path, capsys):
+def test_only_regular_files_are_read(tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "data", {"1.png": None, "1.txt": "a"})
     os.mkfifo(tmp_path / "data" / "2.txt")
     (tmp_path / "data" / "3.txt").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(tmp_path / "data")  # a socket's path must be short
+        monkeypatch.chdir(tmp_path / "data")  # a socket's path must be short
         listening.bind("4.txt")
         assert load_prompts(source, report=True) == ["a"]
         assert len(open_pictures(source)) == 1
