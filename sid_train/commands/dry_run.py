@@ -51,7 +51,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
             f"{bundle.image_size[1]}x{bundle.image_size[0]}, latents {_shape(bundle.latent_shape)}",
         ),
     ]
-    prompts = prompts_of(config.data.prompts)
+    prompts = prompts_of(config.data.prompts, report=True)
     lengths = measure(bundle.conditioner, prompts)
     if config.data.cache:
         bundle.file_hash = folder.sha256(bundle.weights)  # read for the cache's facts alone

@@ -70,7 +70,7 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     lengths = measure(bundle.conditioner, prompts)
     report_long(lengths, config.data.prompts)
     facts |= prompt_facts(prompts, lengths)
-    pictures = open_pictures(config.data.pairs) if config.data.pairs else None
+    pictures = open_pictures(config.data.pairs, report=True) if config.data.pairs else None
     if pictures is None:
         facts["pairs"] = "none"
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,14 @@ from torch import Tensor
 from ..core.recipe import Unconditional
 from ..core.rng import BatchRNG
 from ..files.atomic import write_text
+from ..files.reading import TEXT_LIMIT, read_json, reading, shown
 from ..files.tensors import DamagedFile, LazyTensor, verify, write_tensors
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, RealBatch, join
 from .lengths import Lengths
 from .picker import RowPicker
 from .pictures import Pictures
+from .tables import ROW_LIMIT
 
 INDEX_FILE = "index.json"
 UNCONDITIONAL_FILE = "unconditional.safetensors"
@@ -114,12 +117,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: has no {INDEX_FILE}: expected a folder that 'sid_train encode' finished")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not {"facts", "unconditional", "prompts", "pairs"} <= content.keys():
+    content = read_json(path, TEXT_LIMIT)
+    expected = {"facts": dict, "unconditional": str, "prompts": list, "pairs": list}
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in expected.items()):
         raise ValueError(f"{path}: not the index of a cache: encode into another folder")
+    for shard in [{"file": content["unconditional"], "rows": 1}, *content["prompts"], *content["pairs"]]:
+        name, rows = (shard.get("file"), shard.get("rows")) if isinstance(shard, dict) else (None, None)
+        # No slash, so nothing outside of the folder is opened.
+        if not isinstance(name, str) or re.fullmatch(r"[\w-]+\.safetensors", name) is None:
+            raise ValueError(f"{path}: expected the name of a shard, got {shown(repr(name), 60)}: encode it anew")
+        if type(rows) is not int or not 0 < rows <= ROW_LIMIT:
+            raise ValueError(f"{path}: {name}: expected a number of rows, got {shown(repr(rows), 60)}: encode it anew")
     return content
 
 
@@ -134,8 +142,7 @@ class Shards:
         self._verified: set[int] = set()
         self.latent_shapes: list[tuple[int, ...]] = []  # of each row, where there are latents
         count = sum(shard["rows"] for shard in index)
-        self.shard = torch.full((count,), -1)
-        self.position = torch.empty(count, dtype=torch.int64)
+        tables: list[Tensor] = []
         shapes: dict[int, tuple[int, ...]] = {}
         for number, path in enumerate(self.files):
             with _open_shard(path) as file:
@@ -143,8 +150,17 @@ class Shards:
                 rows = file.get_tensor("row").clone()
                 if "latents" in file.keys():  # noqa: SIM118  # not a dict
                     shapes[number] = tuple(file.get_slice("latents").get_shape()[1:])
-            if len(rows) != index[number]["rows"]:
-                raise ValueError(f"{path}: expected {index[number]['rows']} rows, got {len(rows)}: encode it anew")
+            if rows.dtype != torch.int64 or rows.shape != (index[number]["rows"],):
+                raise ValueError(
+                    f"{path}: expected {index[number]['rows']} rows, got {len(rows) if rows.dim() else rows.dtype}: "
+                    f"encode it anew"
+                )
+            if rows.min() < 0 or rows.max() >= count:
+                raise ValueError(f"{path}: expected rows below {count}, got {rows.max()}: encode it anew")
+            tables.append(rows)
+        self.shard = torch.full((count,), -1)  # once the shards have as many rows as the index claims
+        self.position = torch.empty(count, dtype=torch.int64)
+        for number, rows in enumerate(tables):
             self.shard[rows] = number
             self.position[rows] = torch.arange(len(rows))
         if (self.shard < 0).any():
@@ -243,13 +259,15 @@ def _conditioning(tensors: dict[str, Tensor]) -> Conditioning:
 def _open_shard(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file, but the index lists it: encode into this folder again")
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}. Remove it and encode again") from None
-    with file:
-        yield file
+    with reading(path, "a shard of a cache"):
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}. Remove it and encode again") from None
+        with file:
+            yield file
 
 
 def _facts_of(file: Any) -> Facts:
-    return json.loads((file.metadata() or {}).get("facts", "{}"))
+    facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+    return facts if isinstance(facts, dict) else {}

@@ -64,7 +64,8 @@ def load_pairs(
     source: str, bundle: ModelBundle, buckets: bool = False, cache: str = "", report: bool = False
 ) -> PairSource:
     """The pairs that ``data.pairs`` names, or those that ``cache`` made of them; neither the text encoder nor the
-    latent codec of ``bundle`` is then used. ``report`` prints how many captions are long.
+    latent codec of ``bundle`` is then used. ``report`` prints their number, what is not used, and how many captions are
+    long.
     """
     if (family := shipped_by(source)) is not None:
         if buckets:
@@ -72,7 +73,7 @@ def load_pairs(
         if cache:
             raise ValueError("data.cache: the demo's pictures are made anew at each draw: they cannot be cached")
         return family.pairs(bundle)
-    pictures = open_pictures(source)
+    pictures = open_pictures(source, report)
     lengths = caption_lengths(bundle, pictures)
     if report:
         report_long(lengths, f"{source}, captions")

@@ -1,147 +1,104 @@
-"""Prompts from text files, tables and data sets."""
+"""Prompts from text files, tables, archives and data sets."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-TEXT_KEYS = ("prompt", "caption", "text")
-"""Keys and columns that hold a prompt; the first one that is there counts."""
+from ..files.reading import reading, shown
+from .archives import read_tar
+from .captions import CAPTION_LIMIT, checked, text_key, text_of
+from .decode import SUFFIXES, UNREAD_SUFFIXES
+from .entries import Dropped
+from .folders import suffix_of, walk
+from .tables import Record, read_lines, read_records, read_text, read_texts
+
+SETTING = "data.prompts"
+NOT_CAPTIONS = ("readme", "license", "licence", "notice", "copying", "changelog", "requirements")
+"""Text files that come with a data set."""
+TABLES = (".jsonl", ".csv", ".parquet", ".tar")
+"""What is read of a folder without caption files: all files of the first kind that is there."""
+EXPECTED = "'demo', a .txt, .jsonl, .json, .csv, .parquet or .tar file, a folder of captions or hf:owner/name"
 
 
 def load_prompts(source: str, report: bool = False) -> list[str]:
-    """The distinct prompts of ``source``, stripped, in order; ``report`` prints how many were dropped.
+    """The distinct prompts of ``source``, stripped, in order; ``report`` prints how many were dropped, and what else
+    was not used.
 
-    A .txt file (one a line), .jsonl, .csv or .parquet (under ``prompt``, ``caption`` or ``text``), a folder (each .txt
-    file in it is one caption) or ``hf:owner/name`` (the data set's train split). Raises ValueError that names the file,
-    and the line where there is one.
+    A .txt file (one a line), .jsonl, .json, .csv or .parquet (under ``prompt``, ``caption`` or ``text``), a folder
+    (each .txt or .caption file in it is one caption; without them its tables or archives) or ``hf:owner/name`` (the
+    data set's train split). Raises ValueError that names the file, and the line where there is one.
     """
-    texts = [text.strip() for text in _read_texts(source)]
-    kept = [text for text in texts if text]
-    prompts = list(dict.fromkeys(kept))
-    if not prompts:
-        raise ValueError(f"data.prompts: {source} has no prompt, {len(texts)} empty one(s): put one there at least")
+    prompts: dict[str, None] = {}
+    count = empty = 0
+    dropped = Dropped()
+    with reading(source, "prompts"):
+        for text in map(str.strip, _texts(source, dropped)):
+            count += 1
+            empty += not text
+            if text:
+                prompts[text] = None
+        if not prompts:
+            also = f" ({dropped})" if str(dropped) else ""
+            raise ValueError(f"{SETTING}: {source} has no prompt, {count} empty one(s){also}: put one there at least")
     if report:
-        duplicates, empty = len(kept) - len(prompts), len(texts) - len(kept)
+        duplicates = count - empty - len(prompts)
         print(f"{source}: {len(prompts)} prompts ({duplicates} duplicates and {empty} empty ones dropped)", flush=True)
-    return prompts
+        if str(dropped):
+            print(f"{source}: not used: {dropped}", flush=True)
+    return list(prompts)
 
 
-def _read_texts(source: str) -> Iterable[str]:
-    if source.startswith("hf:"):
-        return _from_hub(source.removeprefix("hf:"))
+def _texts(source: str, dropped: Dropped) -> Iterator[str]:
     path = Path(source)
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise ValueError(f"data.prompts: {source}: expected a folder of captions, but it holds no .txt file")
-        return (read_text(file, "data.prompts") for file in files)
-    readers = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet}
-    expected = "'demo', a .txt, .jsonl, .csv or .parquet file, a folder of captions or hf:owner/name"
-    if not path.is_file():
-        raise ValueError(f"data.prompts: expected {expected}; no file {source!r}")
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"data.prompts: expected {expected}, got {source!r}: rename it to what it is")
-    return readers[path.suffix.lower()](path)
+    if source.startswith("hf:"):
+        yield from (text_of(record, where, dropped) for where, record in _hub_records(source.removeprefix("hf:")))
+    elif path.is_dir():
+        yield from _in_folder(path, dropped)
+    elif not path.is_file():
+        raise ValueError(f"{SETTING}: expected {EXPECTED}; no file {shown(repr(source))}")
+    elif suffix_of(path) in (".txt", ".json", *TABLES):
+        yield from _in_file(path, dropped)
+    else:
+        raise ValueError(f"{SETTING}: expected {EXPECTED}, got {shown(repr(source))}: rename it to what it is")
 
 
-def read_text(path: Path, setting: str) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{setting}: {path}: expected UTF-8 text: convert the file") from None
+def _in_folder(folder: Path, dropped: Dropped) -> Iterator[str]:
+    files = walk(folder, dropped)
+    captions = [p for p in files if suffix_of(p) in (".txt", ".caption") and p.stem.lower() not in NOT_CAPTIONS]
+    kind = next((kind for kind in TABLES if any(suffix_of(path) == kind for path in files)), "")
+    used = captions or [path for path in files if suffix_of(path) == kind]
+    for path in sorted({*files} - {*used}):
+        if suffix_of(path) not in (*SUFFIXES, *UNREAD_SUFFIXES):  # pictures are no news beside captions
+            dropped.add("other file(s)", path)
+    if not used:
+        also = f" ({dropped})" if str(dropped) else ""
+        raise ValueError(f"{SETTING}: {shown(folder)}: expected a folder of captions, but it holds no .txt file{also}")
+    for path in used:
+        if captions:
+            yield checked(read_text(path, CAPTION_LIMIT), f"{SETTING}: {shown(path)}")
+        else:
+            yield from _in_file(path, dropped)
 
 
-def text_of(record: Mapping[str, Any], where: str) -> str:
-    """The prompt in a record, "" for null; ValueError names ``where`` and the keys that it has."""
-    value = record[text_key(record, where)]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: expected text, got {value!r}")
-    return value
+def _in_file(path: Path, dropped: Dropped) -> Iterator[str]:
+    suffix = suffix_of(path)
+    if suffix == ".txt":
+        lines = enumerate(read_lines(path), start=1)
+        yield from (checked(line, f"{SETTING}: {shown(path)}, line {number}") for number, line in lines)
+    elif suffix == ".tar":
+        yield from (entry.caption for entry in read_tar(path, SETTING, dropped))
+    else:
+        records = read_texts if suffix == ".parquet" else read_records
+        yield from (text_of(record, where, dropped) for where, record in records(path, SETTING, dropped))
 
 
-def text_key(keys: Iterable[str], where: str) -> str:
-    """The key or column that holds the prompts."""
-    found = list(keys)
-    for key in TEXT_KEYS:
-        if key in found:
-            return key
-    raise ValueError(
-        f"{where}: expected {', '.join(TEXT_KEYS[:-1])} or {TEXT_KEYS[-1]}, found {', '.join(map(repr, found))}: "
-        f"rename the one that holds the prompts"
-    )
-
-
-def read_jsonl(path: Path, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one a line, each with the file and line number for messages."""
-    for number, line in enumerate(read_text(path, setting).split("\n"), start=1):
-        where = f"{setting}: {path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f'{where}: expected a JSON object such as {{"prompt": "a cat"}}, got {line[:60]!r}')
-        yield where, record
-
-
-def import_pyarrow(setting: str):
-    """pyarrow's parquet module; ValueError where it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{setting}: parquet files are read with pyarrow: pip install pyarrow") from None
-    return pyarrow.parquet
-
-
-def open_parquet(path: Path, setting: str):
-    """A ``pyarrow.parquet.ParquetFile``; ValueError where it is none."""
-    parquet = import_pyarrow(setting)
-    try:
-        return parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's own errors are among the former
-        raise ValueError(f"{setting}: {path}: not a readable parquet file: {error}") from None
-
-
-def _from_txt(path: Path) -> Iterable[str]:
-    return read_text(path, "data.prompts").splitlines()
-
-
-def _from_jsonl(path: Path) -> Iterable[str]:
-    return (text_of(record, where) for where, record in read_jsonl(path, "data.prompts"))
-
-
-def _from_csv(path: Path) -> Iterable[str]:
-    lines = read_text(path, "data.prompts").splitlines(keepends=True)
-    try:
-        rows = csv.DictReader(lines, strict=True)
-        key = text_key(rows.fieldnames or [], f"data.prompts: {path}, first line")
-        return [row[key] or "" for row in rows]
-    except csv.Error as error:
-        raise ValueError(f"data.prompts: {path}: not a readable CSV file: {error}") from None
-
-
-def _from_parquet(path: Path) -> Iterable[str]:
-    with open_parquet(path, "data.prompts") as file:
-        key = text_key(file.schema_arrow.names, f"data.prompts: {path}")
-        values = file.read(columns=[key]).column(key).to_pylist()
-    return (text_of({key: value}, f"data.prompts: {path}, row {row}") for row, value in enumerate(values))
-
-
-def _from_hub(name: str) -> Iterable[str]:
+def _hub_records(name: str) -> Iterator[Record]:
     try:
         import datasets  # slow to import, and only this needs it
     except ImportError:
-        raise ValueError("data.prompts: hf:... is read with the datasets package: pip install datasets") from None
-    where = f"data.prompts: hf:{name}"
+        raise ValueError(f"{SETTING}: hf:{name} is read with the datasets package: pip install datasets") from None
+    where = f"{SETTING}: hf:{name}"
     try:
         # Streamed, so that a data set's pictures are not downloaded for its captions.
         rows = datasets.load_dataset(name, split="train", streaming=True)
@@ -150,10 +107,10 @@ def _from_hub(name: str) -> Iterable[str]:
         raise _hub_error(where, error) from None
     key = text_key(columns, where)
     try:
-        values = [row[key] for row in rows.select_columns([key])]
+        for row, record in enumerate(rows.select_columns([key])):
+            yield f"{where}, row {row}", record
     except Exception as error:
         raise _hub_error(where, error) from None
-    return (text_of({key: value}, f"{where}, row {row}") for row, value in enumerate(values))
 
 
 def _hub_error(where: str, error: Exception) -> ValueError:

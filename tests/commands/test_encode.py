@@ -235,8 +235,24 @@ def test_damaged_caches_are_named(prompts, tmp_path):
     with pytest.raises(ValueError, match="another process is encoding into this folder"):
         encode_cache(config(prompts), folder, shard_size=8)
     held.release()
-    (folder / "index.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"index\.json: not the index of a cache"):
+    index = json.loads((folder / "index.json").read_text())
+    first = index["prompts"][0]
+    for change, message in [
+        ([], "not the index of a cache"),
+        ({"prompts": {"a": 1}}, "not the index of a cache"),
+        ({"prompts": ["a"]}, "expected the name of a shard, got None"),
+        ({"prompts": [first | {"file": "../c/prompts-00000.safetensors"}]}, r"name of a shard, got '\.\./c/"),
+        ({"unconditional": str(folder / "unconditional.safetensors")}, "expected the name of a shard, got '/"),
+        ({"prompts": [first | {"rows": 1.5}]}, r"expected a number of rows, got 1\.5"),
+        ({"prompts": [first | {"rows": 10**15}]}, "expected a number of rows, got 1000000000000000"),
+        ({"prompts": [first, first]}, "row 8 is in no shard"),
+        ({"prompts": [first | {"rows": 10**7}]}, r"prompts-00000\.safetensors: expected 10000000 rows, got 8"),
+    ]:
+        (folder / "index.json").write_text(json.dumps(index | change if isinstance(change, dict) else change))
+        with pytest.raises(ValueError, match=message):
+            load_prompt_table(table, load_model("demo"), "empty")
+    (folder / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"index\.json: expected JSON, but it cannot be read: it is nested too deeply"):
         load_prompt_table(table, load_model("demo"), "empty")
 
 

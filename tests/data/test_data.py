@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sid_train.core.rng import BatchRNG
+from sid_train.data.captions import CAPTION_LIMIT
 from sid_train.data.pairs import RowPicker, load_pairs
 from sid_train.data.pictures import bucket_sizes, cut_out, expand_braces, nearest_bucket, open_pictures
 from sid_train.data.prompts import load_prompts
@@ -89,10 +90,19 @@ def test_every_format_gives_the_same_prompts_and_reports_what_it_drops(write, tm
         ("p.jsonl", '{"text": "a"}\n{"title": "b", "id": 2}', "line 2: expected prompt, .* found 'title', 'id'"),
         ("p.jsonl", '{"prompt": "a"}\n\nnot json', r"p\.jsonl, line 3: expected a JSON object .*, got 'not json'"),
         ("p.jsonl", '["a cat"]', "line 1: expected a JSON object"),
-        ("p.jsonl", '{"caption": ["a", "b"]}', r"line 1: expected text, got \['a', 'b'\]"),
+        ("p.jsonl", '{"caption": {"a": "b"}}', r"line 1: expected text, got \{'a': 'b'\}"),
+        ("p.jsonl", '{"caption": "a cat \\ud83d"}', r"p\.jsonl, line 1: .* character 7 is half of one \(\\ud83d\)"),
+        ("p.jsonl", '{"caption": ' + "[" * 100_000, r"p\.jsonl, line 1: expected a JSON object"),
+        ("p.json", "[" * 100_000, r"p\.json: expected JSON, but .* nested too deeply"),
+        ("p.json", '["a", 5]', r"p\.json, item 2: expected a JSON object"),
+        ("p.json", '"a cat"', r"p\.json: expected a list of prompts or an object, got 'a cat'"),
+        ("p.txt", "a" * (CAPTION_LIMIT + 1), r"p\.txt, line 1: expected a prompt of at most 1,048,576 characters"),
+        ("p.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", r"p\.txt: .*git lfs pull"),
+        ("p.csv", "\n<!DOCTYPE html><html>", r"p\.csv: expected text: it is a web page"),
+        ("p.tar", "a cat", r"p\.tar: expected an uncompressed tar"),
         ("p.csv", "a cat\na dog\n", r"p\.csv, first line: expected prompt, caption or text, found 'a cat'"),
         ("p.csv", 'prompt\n"a cat', r"p\.csv: not a readable CSV file"),
-        ("p.parquet", "a cat", r"p\.parquet: not a readable parquet file"),
+        ("p.parquet", "a cat", r"p\.parquet: expected a Parquet file"),
         ("none/p.txt", None, "no file"),
         ("folder", None, "no file"),
     ],
@@ -108,8 +118,9 @@ def test_a_table_without_a_text_column_lists_its_columns(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "title": ["y"]}), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match="expected prompt, caption or text, found 'url', 'title'"):
         load_prompts(str(tmp_path / "p.parquet"))
+    (tmp_path / "new").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.txt file"):
-        load_prompts(str(tmp_path))
+        load_prompts(str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +313,7 @@ def no_picture(folder):
 def test_an_unreadable_picture_stops_with_its_name(damage, buckets, tmp_path):
     folder = write_captioned(tmp_path)
     damage(folder)
-    with pytest.raises(ValueError, match=r"data\.pairs: .*part0/2\.png: not a readable picture"):
+    with pytest.raises(ValueError, match=r"part0/2\.png: expected a readable picture"):
         load_pairs(str(folder), load_model("demo"), buckets).draw(64, BatchRNG(torch.Generator().manual_seed(0)))
 
 
@@ -313,8 +324,8 @@ def test_an_unreadable_picture_stops_with_its_name(damage, buckets, tmp_path):
         (lambda f: (f / "part0/1.txt").write_text(" \n"), "", r"1\.png: its caption is empty"),
         (lambda f: (f / "part0/1.txt").write_bytes(b"\xff"), "", r"1\.txt: expected UTF-8"),
         (lambda f: (f / "x.tar").write_text(""), "", "holds more than one of these"),
-        (lambda f: (f / "x.tar").write_text("text"), "x.tar", r"x\.tar: not a readable, uncompressed tar"),
-        (lambda f: (f / "x.parquet").write_text("text"), "x.parquet", r"x\.parquet: not a readable parquet"),
+        (lambda f: (f / "x.tar").write_text("text"), "x.tar", r"x\.tar: expected an uncompressed tar"),
+        (lambda f: (f / "x.parquet").write_text("text"), "x.parquet", r"x\.parquet: expected a Parquet file"),
         (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "no.png"}'), "", "line 1: there is no file"),
         (lambda f: (f / "metadata.jsonl").write_text('{"text": "a"}'), "", "line 1: expected the picture's path"),
         (lambda f: (f / "metadata.jsonl").write_text('{"file_name": "part0/1.png"}'), "", "found 'file_name'"),
