@@ -12,9 +12,9 @@ from ..data.cache import Cache, model_facts, prompt_facts
 from ..data.pairs import load_pairs
 from ..data.rows import prompts_of
 from ..models.bundle import count_parameters
-from ..models.families import open_model
 from ..training.run import RunFolder
 from ..training.setup import adam_class, load_init_generator, require_diffusion_model
+from ..training.teacher import open_teacher
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -30,7 +30,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 
         CLIPScorer(config.training.clip_model)
-    model = open_model(config.model.teacher, config.model.resolution)
+    model = open_teacher(config.model)
     require_diffusion_model(model, config)
     bundle = model.load(None, config.model.resolution)
     load_init_generator(config, model)

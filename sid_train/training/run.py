@@ -18,10 +18,10 @@ from ..files.logs import read_log
 from ..method.methods import METHODS
 from ..models.adapters import adapter_from_state
 from ..models.bundle import ModelBundle
-from ..models.families import open_model
 from ..models.family import Generator
 from ..models.networks import AVERAGE
 from .checkpoint import Facts, open_network, read_facts, read_network
+from .teacher import open_teacher
 
 
 class RunFolder:
@@ -150,16 +150,16 @@ class RunFolder:
     def open_generator(self, iteration: int = 0) -> Generator:
         """The averaged generator (see ``generator_file``) with its recipe, none of it read."""
         config, path = self.read_config(), self.generator_file(iteration)
-        model = open_model(config.model.teacher)
+        model = open_teacher(config.model)
         bundle = model.load(None, config.model.resolution)
         bundle.file_hash = self.sha256(bundle.weights)
         facts = read_facts(path)
         require_same_teacher(facts, bundle, path)
         recipe = make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
         if config.adapter.rank:
-            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)))
+            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)), path)
         network = {name.removeprefix(model.prefix): tensor for name, tensor in open_network(path, AVERAGE).items()}
-        return Generator(model, recipe, network)
+        return Generator(model, recipe, network, source=path)
 
 
 def _identity(path: Path) -> list[str | int]:

@@ -24,12 +24,13 @@ from ..models.adapters import Adapter
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, PairSource
 from ..models.denoiser import Denoiser, Network
-from ..models.families import load_model, open_model
+from ..models.families import load_model
 from ..models.family import OpenedModel
 from ..models.networks import TEACHER, Networks, build_networks
 from .distributed import is_sharded, on_first_rank, placement
 from .ema import EMA
 from .run import RunFolder
+from .teacher import open_teacher
 
 
 @dataclass
@@ -55,7 +56,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: RunFolder) -> Parts
     training, data = config.training, config.data
     # Only adapters leave the network as it is; whole networks start from fp32 copies.
     dtype = DTYPES[config.model.frozen_dtype] if config.adapter.rank else torch.float32
-    model = open_model(config.model.teacher, config.model.resolution)
+    model = open_teacher(config.model)
     require_diffusion_model(model, config)
     bundle = model.load(dtype, config.model.resolution)
     bundle.file_hash = on_first_rank(accelerator, lambda: folder.sha256(bundle.weights))
