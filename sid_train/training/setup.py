@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import Config, OptimizerConfig
 from ..core.noise_schedule import NoiseSchedule
-from ..core.recipe import has_recipe, split_architecture
+from ..core.recipe import SiDRecipe, has_recipe, split_architecture
 from ..data.pairs import load_pairs
 from ..data.rows import PromptTable, load_prompt_table
 from ..files.header import read_safetensors_metadata
@@ -160,4 +160,11 @@ def load_init_generator(config: Config, teacher: OpenedModel) -> Denoiser | Adap
             "a LoRA, since adapters are trained" if config.adapter.rank else "a whole generator (adapter.rank is 0)"
         )
         raise ValueError(f"{where}: expected {wanted}, got {source}")
+    recipe, bundle = SiDRecipe.from_metadata(metadata, path), teacher.load(None, config.model.resolution)
+    ours = (bundle.denoiser.schedule.prediction_type, bundle.zero_terminal_snr)
+    if (recipe.prediction_type, recipe.zero_terminal_snr) != ours:
+        raise ValueError(
+            f"{where}: expected a generator that predicts {ours[0]}{', zero terminal SNR' * ours[1]}, as the teacher "
+            f"does, got {recipe.prediction_type}{', zero terminal SNR' * recipe.zero_terminal_snr} in {source}"
+        )
     return teacher.read_lora(path) if is_lora else load_model(source).denoiser

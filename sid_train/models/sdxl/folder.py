@@ -36,6 +36,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model",
 }
 """The file of each network, without its suffix."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 SUFFIX, FP16_SUFFIX = ".safetensors", ".fp16.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 # All that is read of a diffusers folder: SDXL's on the hub has the same weights in several files more.
@@ -169,7 +170,8 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a diffusers folder of SDXL, which has this folder")
     for path in folder.iterdir():
-        require_file(path, SMALL_LIMIT)
+        if not path.is_dir():
+            require_file(path, SMALL_LIMIT)
     config = folder / "tokenizer_config.json"
     for key, name in (read_settings(config, folder) if config.exists() else {}).items():
         if key in FILE_SETTINGS and name is not None and Path(str(name)).name != name:

@@ -25,6 +25,8 @@ from . import statements
 from .folder import (
     HUB_FILES,
     SCHEDULER_FILE,
+    TOKENIZERS,
+    WEIGHTS,
     find_folder,
     load_text,
     open_vae,
@@ -305,5 +307,5 @@ def _rest_in_folder(folder: Path) -> Rest:
         load_text=lambda dtype=torch.float32: load_text(folder, dtype),
         load_vae=vae,
         load_rest=lambda: rest_of_folder(folder),
-        read_from=(folder,),
+        read_from=tuple(folder / name for name in (*WEIGHTS, *TOKENIZERS, "scheduler")),
     )

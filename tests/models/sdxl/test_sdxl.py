@@ -436,3 +436,18 @@ def test_only_what_is_read_is_downloaded():
     kept = set(filter_repo_objects(there, allow_patterns=list(HUB_FILES)))
     left_out = {file for file in there if "fp16" in file or file.endswith((".xml", ".onnx"))}
     assert kept == set(there) - left_out - set(there[:2])
+
+
+def test_of_a_hub_id_the_fp16_variant_is_downloaded_where_there_is_no_other(changed, monkeypatch):
+    (changed / "vae/diffusion_pytorch_model.safetensors").rename(
+        changed / "vae/diffusion_pytorch_model.fp16.safetensors"
+    )
+    asked = []
+
+    def snapshot_download(source, allow_patterns):
+        asked.append(allow_patterns)
+        return str(changed)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert open_model("owner/name").weights == changed / "unet/diffusion_pytorch_model.safetensors"
+    assert asked == [list(HUB_FILES), ["vae/diffusion_pytorch_model.fp16.safetensors"]]
