@@ -30,6 +30,8 @@ class ModelConfig:
 
     teacher: str = "demo"
     """The model to distil: an SDXL .safetensors file, diffusers folder or hub id; or 'demo', the embedded one."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the teacher predicts, where its files do not say it; auto: what they say, epsilon if they say nothing."""
     resolution: int = 0
     """Height and width in pixels of what is generated; 0 is the model's own, 1,024 for SDXL."""
     init_generator: str = ""

@@ -122,7 +122,7 @@ class ToyModel(OpenedModel):
 class ToyFamily(ModelFamily):
     architecture = "toy"
 
-    def open(self, source: str) -> ToyModel:
+    def open(self, source: str, prediction_type: str = "auto") -> ToyModel:
         tensors = open_tensors(Path(source))
         net = {name.removeprefix("net."): tensor for name, tensor in tensors.items() if name.startswith("net.")}
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("net.")}

@@ -15,13 +15,13 @@ from ..data.lengths import measure
 from ..data.pairs import load_pairs
 from ..data.rows import prompts_of
 from ..models.bundle import count_parameters
-from ..models.families import open_model
 from ..plan.estimate import GIB, Hardware, make_planner
-from ..plan.trace import makes_pictures
+from ..plan.trace import encodes_pairs, makes_pictures
 from ..training.checkpoint import read_facts
 from ..training.identity import identity_of, require_identity
 from ..training.run import RunFolder
 from ..training.setup import adam_class, load_init_generator, require_diffusion_model
+from ..training.teacher import open_teacher
 
 
 def _shape(sizes: tuple[int, ...]) -> str:
@@ -38,8 +38,10 @@ def describe_run(config: Config, run_dir: Path) -> str:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 
         CLIPScorer(config.training.clip_model)
-    model = open_model(config.model.teacher, config.model.resolution)
+    model = open_teacher(config.model)
     require_diffusion_model(model, config)
+    pictures = makes_pictures(config.training) or encodes_pairs(config.data)
+    model.check(text=not config.data.cache, codec=pictures)
     bundle = model.load(None, config.model.resolution)
     bundle.conditioner.max_tokens = config.data.max_tokens
     load_init_generator(config, model)
@@ -78,9 +80,9 @@ def describe_run(config: Config, run_dir: Path) -> str:
         require_identity(found, identity_of(config, bundle, prompts, pairs), config, checkpoint)
         start = int(found["iteration"])
     facts += [("damaged", problem) for _, problem in damaged]
-    if makes_pictures(config.training):
+    if pictures:
         bundle.codec.decode(torch.zeros(1, bundle.latent_shape[0], 8, 8))
-        facts.append(("VAE", "decodes, for grids and scores"))
+        facts.append(("VAE", "decodes"))
     training, strategy = config.training, config.method.strategy
     facts += [
         ("trained", f"LoRA adapters of rank {config.adapter.rank}" if config.adapter.rank else "whole networks"),

@@ -34,7 +34,8 @@ from ..files.console import unbreakable_output
 from ..files.locks import lock_folder
 from ..files.tensors import DTYPES
 from ..models.conditioning import Conditioning
-from ..models.families import load_model, shipped_by
+from ..models.families import shipped_by
+from ..training.teacher import open_teacher
 
 Tensors = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
         raise ValueError(f"--out: expected the folder that data.cache names, {config.data.cache}, got {out}")
     if shipped_by(config.data.pairs):
         raise ValueError("data.pairs: the demo's pictures are made anew at each draw: they cannot be cached")
-    bundle = load_model(config.model.teacher, None, config.model.resolution)
+    bundle = open_teacher(config.model).load(None, config.model.resolution)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bundle.conditioner.max_tokens = config.data.max_tokens
     bundle.conditioner.to(device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..core.recipe import SiDRecipe
 from ..models.families import export_generator, open_generator, open_model
-from ..models.family import ExportOptions
+from ..models.family import ExportOptions, Generator, refuse_to_overwrite
 from ..training.run import RunFolder
 
 
@@ -48,10 +48,21 @@ def export_any(
             raise ValueError("--iteration: only for a run's folder")
         generator = open_generator(str(source), base)
         under = open_model(base) if base and format_ == "lora" and not generator.adapter else None
+        warnings = [f"warning: {another_base(generator)}"] if generator.is_on_another_base() else []
     else:
-        run = RunFolder(source)
-        extracts = format_ == "lora" and not run.read_config().adapter.rank
-        generator = run.open_generator(iteration, None if extracts else base)
+        folder = RunFolder(source)
+        extracts = format_ == "lora" and not folder.read_config().adapter.rank
+        generator = folder.open_generator(iteration, None if extracts else base)
         under = open_model(base) if base else generator.model
+        refuse_to_overwrite(path, [*folder.checkpoints(), folder.snapshot(0, sharded=False).parent])
+        warnings = []
     options = ExportOptions(format_, dtype, vae, rank, energy, under)
-    return generator.recipe, export_generator(generator, path, options)
+    return generator.recipe, warnings + export_generator(generator, path, options)
+
+
+def another_base(generator: Generator) -> str:
+    """For people: the adapter is over another model than it was distilled from."""
+    return (
+        f"{generator.model.weights} is another file than the model that the LoRA was distilled from "
+        f"({generator.recipe.base_model}, SHA-256 {generator.recipe.base_model_hash}): the pictures may be worse"
+    )

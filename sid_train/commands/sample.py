@@ -11,8 +11,9 @@ from ..data.lengths import measure, report_long
 from ..files.atomic import replacing
 from ..files.images import image_grid, to_pil
 from ..files.tensors import DTYPES
-from ..models.families import load_generator
+from ..models.families import load_opened, open_generator
 from ..sample import sample_images
+from .export import another_base
 
 
 def sample(
@@ -32,7 +33,12 @@ def sample(
     if not 1 <= count <= 256:
         raise ValueError(f"--count: expected 1 to 256, got {count}")
     where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bundle, recipe = load_generator(model, base, resolution)
+    generator = open_generator(model, base)
+    recipe = generator.recipe
+    # Only a base of another name is hashed: the usual case does not wait for it.
+    if generator.model.name != recipe.base_model and generator.is_on_another_base():
+        print(f"warning: {another_base(generator)}", file=sys.stderr)
+    bundle = load_opened(generator, resolution)
     timesteps = recipe.timesteps_for(steps)
     if len(timesteps) != recipe.steps:
         print(f"warning: {model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)

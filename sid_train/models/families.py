@@ -11,7 +11,7 @@ from ..core.recipe import SiDRecipe, has_recipe, split_architecture
 from ..files.header import read_safetensors_metadata
 from .bundle import ModelBundle, ModelShapes
 from .digits.family import DigitsFamily
-from .family import ExportOptions, Generator, ModelFamily, OpenedModel
+from .family import AUTO, ExportOptions, Generator, ModelFamily, OpenedModel, refuse_to_overwrite
 from .sdxl.family import SDXLFamily
 
 FAMILIES: list[ModelFamily] = [DigitsFamily(), SDXLFamily()]
@@ -29,26 +29,29 @@ def shipped_by(word: str) -> ModelFamily | None:
     return next((family for family in FAMILIES if word and word == family.word), None)
 
 
-def open_model(source: str, resolution: int = 0) -> OpenedModel:
+def open_model(source: str, resolution: int = 0, prediction_type: str = AUTO) -> OpenedModel:
     """A model of which nothing but headers is read yet. ValueError for what this version cannot read.
 
     source: ``demo`` (the embedded teacher), a safetensors file (SDXL's, or one that ``sid_train`` exported), a
         diffusers folder of SDXL, or its hub id
     resolution: what it will be loaded at, checked before a large file is downloaded
+    prediction_type: see ``ModelFamily.open``
     """
     family = family_of(source)
     family.check_resolution(resolution)
-    return family.open(source)
+    return family.open(source, prediction_type)
 
 
-def load_model(source: str, dtype: torch.dtype | None = torch.float32, resolution: int = 0) -> ModelBundle:
+def load_model(
+    source: str, dtype: torch.dtype | None = torch.float32, resolution: int = 0, prediction_type: str = AUTO
+) -> ModelBundle:
     """A model on the CPU (see ``open_model`` and ``OpenedModel.load``)."""
-    return open_model(source, resolution).load(dtype, resolution)
+    return open_model(source, resolution, prediction_type).load(dtype, resolution)
 
 
-def model_shapes(source: str, resolution: int) -> ModelShapes:
+def model_shapes(source: str, resolution: int, prediction_type: str = AUTO) -> ModelShapes:
     """The shapes of a model. ValueError for a file that is no model."""
-    return family_of(source).shapes(source, resolution)
+    return family_of(source).shapes(source, resolution, prediction_type)
 
 
 def open_generator(source: str, base: str | None = None) -> Generator:
@@ -77,6 +80,9 @@ def export_generator(generator: Generator, path: Path, options: ExportOptions) -
         raise ValueError(
             f"--format: expected {' or '.join(family.export_formats)} for {family.architecture}, got {options.format}"
         )
+    read = [generator.source, generator.model.weights, *generator.model.read_from, options.vae]
+    read += [] if options.base is None else options.base.read_from
+    refuse_to_overwrite(path, [file for file in read if file is not None])
     return family.export(generator, path, options)
 
 
@@ -98,8 +104,13 @@ def _family_named(architecture: str, where: str) -> ModelFamily:
 def load_generator(source: str, base: str | None = None, resolution: int = 0) -> tuple[ModelBundle, SiDRecipe]:
     """A generator (see ``open_generator``), fp32 on the CPU, and its recipe."""
     generator = open_generator(source, base)
-    _family_named(generator.model.architecture, source).check_resolution(resolution)
-    return generator.load(resolution), generator.recipe
+    return load_opened(generator, resolution), generator.recipe
+
+
+def load_opened(generator: Generator, resolution: int = 0) -> ModelBundle:
+    """A generator that was opened, as ``load_generator`` gives it."""
+    _family_named(generator.model.architecture, generator.model.name).check_resolution(resolution)
+    return generator.load(resolution)
 
 
 def _metadata(source: str) -> dict[str, str]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.recipe import SiDRecipe, split_architecture
-from ..files.atomic import replacing
-from ..files.tensors import DTYPES, LazyTensor
+from ..files.hashing import file_sha256
+from ..files.tensors import DTYPES, LazyTensor, write_tensors
 from .adapters import Adapter, lora_difference
 from .bundle import ModelBundle, ModelShapes
 from .conditioning import PairSource
 
 Tensors = Mapping[str, LazyTensor]
+AUTO = "auto"
+"""For ``prediction_type``: what the model's files say, or what is usual where they say nothing."""
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,7 @@ class OpenedModel(ABC):
     weights: the file they are in, by whose SHA-256 runs and caches know the model
     rest: what else its file holds, by its names there
     is_generator: whether it is a few-step generator, with a recipe
+    read_from: the files and folders that any of it is in
     """
 
     architecture: ClassVar[str]
@@ -43,6 +46,7 @@ class OpenedModel(ABC):
     weights: Path
     rest: Tensors = field(default_factory=dict)
     is_generator: bool = False
+    read_from: tuple[Path, ...] = ()
 
     @abstractmethod
     def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
@@ -51,6 +55,14 @@ class OpenedModel(ABC):
 
         resolution: of the square pictures, in pixels; 0 is the model's own
         """
+
+    def check(self, text: bool = True, codec: bool = True) -> None:
+        """ValueError, with the file's name, where any of the model's tensors is missing, strange or of another shape
+        than it needs. A large model's weights are not read for it.
+
+        text, codec: whether the text encoders and the latent codec are needed; else they may be missing
+        """
+        self.load(torch.float32)
 
     def with_tensors(self, tensors: Tensors) -> OpenedModel:
         """The same model with another network."""
@@ -68,12 +80,14 @@ class Generator:
     model: what it was distilled from, or the file that it is in
     tensors: of its network, an adapter not included
     adapter: a LoRA to go on top of ``tensors``, where it was distilled as one
+    source: the file or folder that it is in
     """
 
     model: OpenedModel
     recipe: SiDRecipe
     tensors: Tensors
     adapter: Adapter | None = None
+    source: Path | None = None
 
     def merged(self) -> Tensors:
         """The network with its adapter, fp32 where the adapter changes it."""
@@ -84,6 +98,24 @@ class Generator:
         model = self.model.with_tensors(self.merged())
         return model.load(torch.float32, resolution or self.recipe.training_resolution[0])
 
+    def is_on_another_base(self) -> bool:
+        """Whether its adapter is over another model than it was distilled from: reads all of that file, about ten
+        seconds for SDXL's.
+        """
+        known = self.recipe.base_model_hash
+        return self.adapter is not None and bool(known) and file_sha256(self.model.weights) != known
+
+
+def refuse_to_overwrite(out: Path, inputs: Iterable[Path]) -> None:
+    """ValueError where ``out`` is one of the files that are read to write it, however they are spelled, or in one of
+    the folders.
+    """
+    for path in filter(os.path.exists, inputs):
+        if any(os.path.samefile(place, path) for place in (out, *out.absolute().parents) if place.exists()):
+            raise ValueError(
+                f"-o {out}: it would replace (a part of) {path}, which is read for it: choose another name"
+            )
+
 
 def merge_lora(network: Tensors, adapter: Adapter) -> Tensors:
     """``network`` with ``up @ down`` added to the weights of the adapter's modules; ValueError if one is not there."""
@@ -92,12 +124,15 @@ def merge_lora(network: Tensors, adapter: Adapter) -> Tensors:
         name = f"{module}.weight"
         if name not in merged:
             raise ValueError(f"LoRA module {module}: expected a module of this UNet, which has none of that name")
-        merged[name] = _added(merged[name], factors)
+        merged[name] = _added(merged[name], factors, module)
     return merged
 
 
-def _added(weight: LazyTensor, factors: tuple[Tensor, Tensor, float]) -> LazyTensor:
-    return LazyTensor(weight.shape, torch.float32, lambda: weight.load().float() + lora_difference(*factors))
+def _added(weight: LazyTensor, factors: tuple[Tensor, Tensor, float], module: str) -> LazyTensor:
+    source = f"{weight.source or module} with its LoRA"
+    return LazyTensor(
+        weight.shape, torch.float32, lambda: weight.load_finite().float() + lora_difference(*factors), source
+    )
 
 
 @dataclass(frozen=True)
@@ -142,12 +177,15 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
-    def open(self, source: str) -> OpenedModel:
-        """The model in a file or folder, or under the family's own word. ValueError for what is none of this family."""
+    def open(self, source: str, prediction_type: str = AUTO) -> OpenedModel:
+        """The model in a file or folder, or under the family's own word. ValueError for what is none of this family.
 
-    def shapes(self, source: str, resolution: int) -> ModelShapes:
+        prediction_type: what its network predicts, where its files do not say it; ValueError where they say otherwise
+        """
+
+    def shapes(self, source: str, resolution: int, prediction_type: str = AUTO) -> ModelShapes:
         """The model's shapes; those of a family's base model where ``source`` is not here, if it has one."""
-        model = self.open(source)
+        model = self.open(source, prediction_type)
         bundle = model.load(torch.float32, resolution)
         prompt = bundle.conditioner.encode([""])
         return ModelShapes(
@@ -164,7 +202,7 @@ class ModelFamily(ABC):
         if base is not None:
             raise ValueError(f"--base: {path} is a whole {self.architecture} generator, which needs none")
         model = self.open(str(path))
-        return Generator(model, recipe, model.tensors)
+        return Generator(model, recipe, model.tensors, source=path)
 
     def export(self, generator: Generator, path: Path, options: ExportOptions) -> list[str]:
         """Writes ``generator`` to ``path``; returns what the user should know."""
@@ -177,9 +215,8 @@ class ModelFamily(ABC):
             raise ValueError(f"{path}: expected a name that ends in .safetensors")
         model, dtype = generator.model, DTYPES[options.dtype]
         tensors = {model.prefix + name: tensor for name, tensor in generator.merged().items()}
-        stored = {name: tensor.load().to(dtype).contiguous() for name, tensor in {**tensors, **model.rest}.items()}
-        with replacing(path) as temporary:
-            save_file(stored, temporary, generator.recipe.to_metadata())
+        stored = {name: tensor.narrowed(dtype) for name, tensor in {**tensors, **model.rest}.items()}
+        write_tensors(path, stored, generator.recipe.to_metadata())
         return []
 
     def prompts(self) -> list[str]:

@@ -259,7 +259,8 @@ class Planner:
 
 
 def make_planner(config: Config, progress: bool = False) -> Planner:
-    return Planner(model_shapes(config.model.teacher, config.model.resolution), progress)
+    model = config.model
+    return Planner(model_shapes(model.teacher, model.resolution, model.prediction_type), progress)
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:

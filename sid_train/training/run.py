@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,11 +22,11 @@ from ..files.tensors import DamagedFile
 from ..method.methods import METHODS
 from ..models.adapters import adapter_from_state
 from ..models.bundle import ModelBundle
-from ..models.families import open_model
 from ..models.family import Generator
 from ..models.networks import AVERAGE
 from .checkpoint import open_network, read_facts, read_network, verify_checkpoint
 from .identity import changes, config_of, forbidden_changes, require_same_teacher
+from .teacher import open_teacher
 
 
 class RunFolder:
@@ -234,7 +235,7 @@ class RunFolder:
         config, path = self.read_config(), self.generator_file(iteration)
         verify_checkpoint(path)
         try:
-            model = open_model(teacher or config.model.teacher)
+            model = open_teacher(replace(config.model, teacher=teacher or config.model.teacher))
         except ValueError as error:
             raise ValueError(f"{error} (the run's teacher: if it was moved, give it as --base)") from None
         bundle = model.load(None, config.model.resolution)
@@ -243,9 +244,9 @@ class RunFolder:
         require_same_teacher(facts, bundle.file_hash, path)
         recipe = make_recipe(config, bundle, int(facts["iteration"]), int(facts["images_seen"]))
         if config.adapter.rank:
-            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)))
+            return Generator(model, recipe, model.tensors, adapter_from_state(read_network(path, AVERAGE)), path)
         network = {name.removeprefix(model.prefix): tensor for name, tensor in open_network(path, AVERAGE).items()}
-        return Generator(model, recipe, network)
+        return Generator(model, recipe, network, source=path)
 
 
 def _identity(path: Path) -> list[str | int]:

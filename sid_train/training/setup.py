@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import Config, OptimizerConfig
 from ..core.noise_schedule import NoiseSchedule
-from ..core.recipe import has_recipe, split_architecture
+from ..core.recipe import SiDRecipe, has_recipe, split_architecture
 from ..data.pairs import load_pairs
 from ..data.rows import PromptTable, load_prompt_table
 from ..files.header import read_safetensors_metadata
@@ -24,12 +24,13 @@ from ..models.adapters import Adapter
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning, PairSource
 from ..models.denoiser import Denoiser, Network
-from ..models.families import load_model, open_model
+from ..models.families import load_model
 from ..models.family import OpenedModel
 from ..models.networks import TEACHER, Networks, build_networks
 from .distributed import is_sharded, on_first_rank, placement
 from .ema import EMA
 from .run import RunFolder
+from .teacher import open_teacher
 
 
 @dataclass
@@ -55,7 +56,7 @@ def set_up(config: Config, accelerator: Accelerator, folder: RunFolder) -> Parts
     training, data = config.training, config.data
     # Only adapters leave the network as it is; whole networks start from fp32 copies.
     dtype = DTYPES[config.model.frozen_dtype] if config.adapter.rank else torch.float32
-    model = open_model(config.model.teacher, config.model.resolution)
+    model = open_teacher(config.model)
     require_diffusion_model(model, config)
     bundle = model.load(dtype, config.model.resolution)
     bundle.file_hash = on_first_rank(accelerator, lambda: folder.sha256(bundle.weights))
@@ -160,4 +161,11 @@ def load_init_generator(config: Config, teacher: OpenedModel) -> Denoiser | Adap
             "a LoRA, since adapters are trained" if config.adapter.rank else "a whole generator (adapter.rank is 0)"
         )
         raise ValueError(f"{where}: expected {wanted}, got {source}")
+    recipe, bundle = SiDRecipe.from_metadata(metadata, path), teacher.load(None, config.model.resolution)
+    ours = (bundle.denoiser.schedule.prediction_type, bundle.zero_terminal_snr)
+    if (recipe.prediction_type, recipe.zero_terminal_snr) != ours:
+        raise ValueError(
+            f"{where}: expected a generator that predicts {ours[0]}{', zero terminal SNR' * ours[1]}, as the teacher "
+            f"does, got {recipe.prediction_type}{', zero terminal SNR' * recipe.zero_terminal_snr} in {source}"
+        )
     return teacher.read_lora(path) if is_lora else load_model(source).denoiser

@@ -99,6 +99,33 @@ def test_lora_from_prompts_alone_and_its_pictures(lora_run, teacher, tmp_path, c
     assert difference.abs().mean() < 1  # the LoRA was stored in fp16
 
 
+def test_what_the_configuration_says_of_a_teacher_that_says_nothing(settings, teacher, tmp_path, capsys):
+    """It reaches the run, its recipe, what is exported of the run, and pictures on the very same base."""
+    change = ["--set", "model.prediction_type=v_prediction", "--set", "training.grid_every=0"]
+    run("distill", *RECIPE, *settings, *change, "--set", "training.iterations=1", "--out", tmp_path / "run")
+    lora = tmp_path / "run" / "generator.safetensors"
+    assert read_recipe(lora).prediction_type == "v_prediction"
+    run("export", tmp_path / "run", "--format", "unet", "-o", tmp_path / "unet.safetensors")
+    assert "v_pred" in load_file(tmp_path / "unet.safetensors")
+    run("sample", lora, "--base", teacher, "--prompt", "a", "--count", 1, "--out", tmp_path / "x.png")
+    assert "warning" not in capsys.readouterr().err
+    start = ["--set", f"model.init_generator={lora}", "--set", "training.grid_every=0"]
+    assert main(["distill", *RECIPE, *settings, *start, "--out", str(tmp_path / "second")]) == 2
+    assert "a generator that predicts epsilon, as the teacher does, got v_prediction" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), "-o", str(RunFolder(tmp_path / "run").last_checkpoint())]) == 2
+    assert "which is read for it" in capsys.readouterr().err
+
+
+def test_another_base_is_told(lora_run, tmp_path, capsys):
+    other = save_single_file(tmp_path / "other.safetensors", small_pipeline(seed=5))
+    lora = lora_run / "generator.safetensors"
+    run("sample", lora, "--base", other, "--prompt", "a", "--count", 1, "--out", tmp_path / "x.png")
+    assert "warning: " in (told := capsys.readouterr().err)
+    assert "other.safetensors is another file than the model that the LoRA was distilled from (small-xl" in told
+    run("export", lora, "--base", other, "--format", "unet", "-o", tmp_path / "unet.safetensors")
+    assert "other.safetensors is another file" in capsys.readouterr().out
+
+
 def test_every_format_of_a_run(lora_run, tmp_path):
     for format_ in ("checkpoint", "unet", "lora"):
         run("export", lora_run, "--format", format_, "-o", tmp_path / f"{format_}.safetensors")

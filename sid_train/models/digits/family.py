@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..bundle import ModelBundle
 from ..conditioning import PairSource
-from ..family import ModelFamily
+from ..family import AUTO, ModelFamily
 from .data import TRAINING_SUBJECTS, DigitPairs
 from .model import ARCHITECTURE, TEACHER_FILE, DigitsModel, open_digits
 
@@ -21,7 +21,9 @@ class DigitsFamily(ModelFamily):
         if resolution:
             raise ValueError("model.resolution: the demo's model has its own; leave it at 0")
 
-    def open(self, source: str) -> DigitsModel:
+    def open(self, source: str, prediction_type: str = AUTO) -> DigitsModel:
+        if prediction_type not in (AUTO, "epsilon"):
+            raise ValueError(f"model.prediction_type: the demo's model predicts epsilon, not {prediction_type}")
         return open_digits(TEACHER_FILE if source == self.word else Path(source))
 
     def prompts(self) -> list[str]:

@@ -24,6 +24,7 @@ from ..bundle import ModelBundle
 from ..conditioning import Conditioning
 from ..family import OpenedModel, Tensors
 from ..unet import UNetDenoiser
+from ..weights import require_tensors
 from .data import COLOURS, DIGITS, GROUNDS, IMAGE_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
@@ -149,14 +150,10 @@ class DigitsModel(OpenedModel):
         """
         unet, conditioner = build_unet(), DigitConditioner()
         text = {name.removeprefix(TEXT): tensor for name, tensor in self.rest.items()}
-        parts: list[tuple[nn.Module, Tensors]] = [(unet, self.tensors), (conditioner, text)]
-        for module, tensors in parts:
-            try:
-                module.load_state_dict({name: tensor.load().float() for name, tensor in tensors.items()})
-            except RuntimeError as error:
-                raise ValueError(
-                    f"model {self.weights}: its tensors are not those of the demo's model: {error}"
-                ) from None
+        parts: list[tuple[nn.Module, Tensors, str]] = [(unet, self.tensors, self.prefix), (conditioner, text, TEXT)]
+        for module, tensors, prefix in parts:
+            require_tensors(module.state_dict(), tensors, f"{self.weights}: the demo's model", prefix)
+            module.load_state_dict({name: tensor.load_finite().float() for name, tensor in tensors.items()})
         denoiser = UNetDenoiser(unet, VPSchedule.sdxl())
         denoiser.to(dtype or torch.float32)
         return ModelBundle(
@@ -182,4 +179,4 @@ def open_digits(path: Path = TEACHER_FILE) -> DigitsModel:
         else:
             unet[name.removeprefix(DigitsModel.prefix)] = tensor
     is_generator = has_recipe(read_safetensors_metadata(path))
-    return DigitsModel(tensors=unet, rest=text, weights=path, is_generator=is_generator)
+    return DigitsModel(tensors=unet, rest=text, weights=path, is_generator=is_generator, read_from=(path,))

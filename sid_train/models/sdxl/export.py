@@ -6,21 +6,22 @@ Everything is read, changed and written one tensor after another: no file is eve
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
+from torch import nn
 
 from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe
+from ...files.atomic import replacing_folder
+from ...files.hashing import file_sha256
 from ...files.header import read_safetensors_metadata
 from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
 from ..adapters import Adapter
-from ..family import ExportOptions, Generator
+from ..family import ExportOptions, Generator, refuse_to_overwrite
 from .keys import UNET, VAE, rename, unet_modules
-from .lora import ALPHA, DOWN, UP, extract_lora, kohya_modules
-from .parts import MARKERS, REST, SDXLParts, load_vae, open_sdxl, vae_tensors
+from .lora import ALPHA, DOWN, UP, extract_lora, kohya_modules, with_one_alpha
+from .parts import MARKERS, REST, SDXLParts, load_vae, open_sdxl, rest_of, vae_tensors
 
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
 
@@ -36,19 +37,46 @@ def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) 
     if any(name.startswith("lora_unet_") for name in open_tensors(path)):
         if base is None:
             raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
-        parts, recipe = open_sdxl(base), replace(recipe, architecture=SDXL_ARCHITECTURE)
-        return Generator(parts, recipe, parts.tensors, parts.read_lora(path))
+        parts, recipe = _base_of(base, recipe, path), replace(recipe, architecture=SDXL_ARCHITECTURE)
+        return Generator(parts, recipe, parts.tensors, parts.read_lora(path), source=path)
     parts = open_sdxl(str(path))
     if base is not None:
-        other = open_sdxl(base)
-        parts = replace(
-            parts,
-            load_text=other.load_text,
-            load_tokenizers=other.load_tokenizers,
-            load_vae=other.load_vae,
-            load_rest=other.load_rest,
+        rest = rest_of(base)
+        parts = replace(parts, **vars(replace(rest, read_from=(path, *rest.read_from))))
+    return Generator(parts, recipe, parts.tensors, source=path)
+
+
+def _base_of(base: str, recipe: SiDRecipe, lora: Path) -> SDXLParts:
+    """The model under a LoRA, seen as the recipe says. ValueError where it is said to be another kind of model.
+
+    A model that does not say what it is counts as epsilon on SDXL's schedule, as everywhere; but it may be the very one
+    whose kind the run's configuration said.
+    """
+    parts = open_sdxl(base, recipe.prediction_type, f"the recipe of {lora}")
+    stated, wanted = parts.stated, recipe.zero_terminal_snr
+    if stated.zero_terminal_snr is not None and stated.zero_terminal_snr != wanted:
+        raise ValueError(
+            f"{base}: its schedule is {_schedule(not wanted)}, but the recipe of {lora} says {_schedule(wanted)}: give "
+            f"the model that the LoRA was distilled from, {recipe.base_model}"
         )
-    return Generator(parts, recipe, parts.tensors)
+    unsaid = [
+        said
+        for said, is_missing in (
+            (recipe.prediction_type, stated.prediction_type is None and recipe.prediction_type != "epsilon"),
+            (_schedule(True), stated.zero_terminal_snr is None and wanted),
+        )
+        if is_missing
+    ]
+    if unsaid and recipe.base_model_hash and file_sha256(parts.weights) != recipe.base_model_hash:
+        raise ValueError(
+            f"{base}: it does not say that it is a model with {unsaid[0]}, as the recipe of {lora} needs, and it is "
+            f"not the very file that the LoRA was distilled from: give that one, {recipe.base_model}"
+        )
+    return replace(parts, zero_terminal_snr=wanted)
+
+
+def _schedule(zero_terminal_snr: bool) -> str:
+    return "zero terminal SNR" if zero_terminal_snr else "a last step that keeps some signal"
 
 
 def parts_of(generator: Generator) -> SDXLParts:
@@ -111,12 +139,12 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
         raise ValueError("--dtype: a LoRA is stored in fp16, bf16 or fp32, not fp8")
     names = kohya_modules(parts_of(generator).tensors, parts_of(generator).unet_config)
     tensors = {}
-    for module, (down, up, alpha) in adapter.items():
+    for module, (down, up, alpha) in with_one_alpha(adapter, dtype).items():
         if up.ndim < down.ndim:  # a convolution's second factor is 1x1
             up = up.reshape(*up.shape, 1, 1)
-        tensors[names[module] + DOWN] = LazyTensor.of(down.to(dtype))
-        tensors[names[module] + UP] = LazyTensor.of(up.to(dtype))
-        tensors[names[module] + ALPHA] = LazyTensor.of(torch.tensor(alpha, dtype=dtype))
+        for end, tensor in ((DOWN, down), (UP, up), (ALPHA, torch.tensor(alpha))):
+            name = names[module] + end
+            tensors[name] = LazyTensor.of(tensor, f"{path.name}: tensor {name}").narrowed(dtype)
     ranks = sorted({len(down) for down, _, _ in adapter.values()})
     rank = str(ranks[-1]) if len(ranks) == 1 else "Dynamic"
     about = {
@@ -137,47 +165,49 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
     if path.exists():
         raise ValueError(f"{path}: expected a folder that does not exist yet")
     parts, recipe = parts_of(generator), generator.recipe
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        text, (tokenizer, tokenizer_2) = parts.load_text(), parts.load_tokenizers()
-        kept = dtype if dtype != torch.bfloat16 else torch.float16
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**parts.unet_config)
-        pipeline = StableDiffusionXLPipeline(
-            vae=(parts.load_vae() if vae is None else load_vae(vae)).to(kept),
-            text_encoder=text.clip_l.to(kept),
-            text_encoder_2=text.clip_g.to(kept),
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=None,
-            scheduler=DDPMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                prediction_type=recipe.prediction_type,
-                rescale_betas_zero_snr=recipe.zero_terminal_snr,
-                timestep_spacing="trailing",
-                clip_sample=False,
-            ),
-        )
+    text, (tokenizer, tokenizer_2) = parts.load_text(), parts.load_tokenizers()
+    kept = dtype if dtype != torch.bfloat16 else torch.float16
+    autoencoder = parts.load_vae() if vae is None else load_vae(vae)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**parts.unet_config)
+    pipeline = StableDiffusionXLPipeline(
+        vae=_narrow(autoencoder, kept),
+        text_encoder=_narrow(text.clip_l, kept),
+        text_encoder_2=_narrow(text.clip_g, kept),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=None,
+        scheduler=DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=recipe.prediction_type,
+            rescale_betas_zero_snr=recipe.zero_terminal_snr,
+            timestep_spacing="trailing",
+            clip_sample=False,
+        ),
+    )
+    with replacing_folder(path) as folder:
         pipeline.save_pretrained(folder)
         unet.save_config(folder / "unet")
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        tensors = {name: tensor.to(dtype) for name, tensor in generator.merged().items()}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.narrowed(dtype) for name, tensor in generator.merged().items()}
         write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, recipe.to_metadata())
-        folder.chmod(0o755)
-        folder.rename(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _narrow(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In ``dtype``; ValueError for weights that it cannot hold."""
+    for name, parameter in network.named_parameters():
+        parameter.data = LazyTensor.of(parameter.data, f"{type(network).__name__}: {name}").narrowed(dtype).load()
+    return network.to(dtype)
 
 
 def _unet_tensors(generator: Generator, dtype: torch.dtype, prefix: str) -> dict[str, LazyTensor]:
     unet = generator.merged()
     names = rename(unet, unet_modules(parts_of(generator).unet_config))
-    return {prefix + names[name]: tensor.to(_stored(tensor, dtype)) for name, tensor in unet.items()}
+    return {prefix + names[name]: tensor.narrowed(_stored(tensor, dtype)) for name, tensor in unet.items()}
 
 
 def _stored(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
@@ -186,7 +216,7 @@ def _stored(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[str, LazyTensor]:
-    rest = parts_of(generator).load_rest()
+    rest = dict(parts_of(generator).load_rest())
     if vae is not None:
         rest = {k: t for k, t in rest.items() if not k.startswith(VAE)} | vae_tensors(vae)
     missing = [prefix for prefix in REST if not any(name.startswith(prefix) for name in rest)]
@@ -196,7 +226,10 @@ def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[st
             "missing in the model's file: give a whole checkpoint as --base, or --vae, or export --format unet"
         )
     shrink = dtype != torch.float32
-    return {k: t.to(torch.float16) if shrink and t.dtype == torch.float32 else t for k, t in rest.items()}
+    return {
+        name: tensor.narrowed(torch.float16 if shrink and tensor.dtype == torch.float32 else tensor.dtype)
+        for name, tensor in rest.items()
+    }
 
 
 def _markers(recipe: SiDRecipe) -> dict[str, LazyTensor]:
@@ -211,6 +244,7 @@ def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> SiD
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
     if has_recipe(read_safetensors_metadata(source)):
         raise ValueError(f"{source}: it carries a recipe already; python -m sid_train inspect shows it")
+    refuse_to_overwrite(path, [source])
     parts = open_sdxl(str(source))
     recipe = replace(
         recipe,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +12,14 @@ from ...core.noise_schedule import VPSchedule
 from ...core.recipe import SDXL_ARCHITECTURE, SiDRecipe
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelShapes, count_parameters
-from ..family import ExportOptions, Generator, ModelFamily
+from ..family import AUTO, ExportOptions, Generator, ModelFamily
 from ..unet import UNetDenoiser
 from .base import sdxl_text_encoders, sdxl_unet, sdxl_vae
 from .export import FORMATS, export, open_sdxl_generator
-from .keys import CLIP_G, CLIP_L, VAE, vae_config
-from .parts import RESOLUTION, SDXLParts, build_unet, check_resolution, open_sdxl
+from .folder import open_vae, weights_of
+from .keys import CLIP_G, CLIP_L, VAE
+from .networks import build_unet, build_vae
+from .parts import RESOLUTION, SDXLParts, check_resolution, open_sdxl, vae_tensors
 from .text import WINDOW
 
 
@@ -35,10 +36,10 @@ class SDXLFamily(ModelFamily):
     def check_resolution(self, resolution: int) -> None:
         check_resolution(resolution)
 
-    def open(self, source: str) -> SDXLParts:
-        return open_sdxl(source)
+    def open(self, source: str, prediction_type: str = AUTO) -> SDXLParts:
+        return open_sdxl(source, prediction_type)
 
-    def shapes(self, source: str, resolution: int) -> ModelShapes:
+    def shapes(self, source: str, resolution: int, prediction_type: str = AUTO) -> ModelShapes:
         """Read from headers; SDXL base's where there is no such file or folder here."""
         check_resolution(resolution)
         path = Path(source)
@@ -46,7 +47,7 @@ class SDXLFamily(ModelFamily):
             text = sum(map(count_parameters, sdxl_text_encoders()))
             name = f"SDXL base (there is no {source} here to read the shapes of)"
             return _shapes(name, sdxl_unet(), resolution, text, sdxl_vae())
-        parts = open_sdxl(source)
+        parts = open_sdxl(source, prediction_type)
         text, vae = (_rest_of_folder if path.is_dir() else _rest_of_file)(path)
         unet = build_unet(parts.unet_config, parts.tensors, None)
         return _shapes(f"{parts.name}, read from {source}", unet, resolution, text, vae)
@@ -77,17 +78,17 @@ def _shapes(
 def _rest_of_file(path: Path) -> tuple[int, AutoencoderKL | None]:
     """The parameters of the text encoders, and the VAE."""
     tensors = open_tensors(path)
-    vae = {name.removeprefix(VAE): tensor.shape for name, tensor in tensors.items() if name.startswith(VAE)}
     text = _elements({name: tensor for name, tensor in tensors.items() if name.startswith((CLIP_L, CLIP_G))})
-    with torch.device("meta"):
-        return text, AutoencoderKL(**vae_config(vae)) if vae else None
+    if not any(name.startswith(VAE) for name in tensors):
+        return text, None
+    vae = {name.removeprefix(VAE): tensor for name, tensor in vae_tensors(path).items()}
+    return text, build_vae(vae, None, str(path))
 
 
 def _rest_of_folder(folder: Path) -> tuple[int, AutoencoderKL | None]:
-    text = sum(_elements(open_tensors(f)) for f in sorted(folder.glob("text_encoder*/model.safetensors")))
-    config = folder / "vae" / "config.json"
-    with torch.device("meta"):
-        return text, AutoencoderKL.from_config(json.loads(config.read_text())) if config.is_file() else None
+    there = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    text = sum(_elements(open_tensors(weights_of(folder, name))) for name in there)
+    return text, build_vae(open_vae(folder), None, str(folder)) if (folder / "vae").is_dir() else None
 
 
 def _elements(tensors: Mapping[str, LazyTensor]) -> int:

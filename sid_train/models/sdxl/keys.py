@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...files.reading import shown
+from ...files.tensors import LazyTensor
 
 # Where a single file has each network.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -110,13 +114,13 @@ def _blocks_of(ldm_block: str) -> Block:
 def _levels_of_ldm(shapes: Shapes) -> tuple[list[list[Block]], list[list[Block]]]:
     """The blocks of each level on the way down and on the way up."""
     lower: list[list[Block]] = [[]]
-    for number in range(1, _count(shapes, "input_blocks.")):
+    for number in range(1, count_parts(shapes, "input_blocks.")):
         if f"input_blocks.{number}.0.op.weight" in shapes:
             lower.append([])
         else:
             lower[-1].append(_blocks_of(f"input_blocks.{number}"))
     upper: list[list[Block]] = [[]]
-    count = _count(shapes, "output_blocks.")
+    count = count_parts(shapes, "output_blocks.")
     for number in range(count):
         upper[-1].append(_blocks_of(f"output_blocks.{number}"))
         upsamples = any(f"output_blocks.{number}.{place}.conv.weight" in shapes for place in (1, 2))
@@ -130,22 +134,22 @@ def _levels_of_diffusers(shapes: Shapes) -> tuple[list[list[Block]], list[list[B
         return [
             [
                 (f"{part}.{level}.resnets.{layer}", f"{part}.{level}.attentions.{layer}")
-                for layer in range(_count(shapes, f"{part}.{level}.resnets."))
+                for layer in range(count_parts(shapes, f"{part}.{level}.resnets."))
             ]
-            for level in range(_count(shapes, f"{part}."))
+            for level in range(count_parts(shapes, f"{part}."))
         ]
 
     return levels("down_blocks"), levels("up_blocks")
 
 
-def _count(names: Iterable[str], prefix: str) -> int:
+def count_parts(names: Iterable[str], prefix: str) -> int:
     """How many different parts come right after ``prefix``."""
     depth = prefix.count(".")
     return len({name.split(".")[depth] for name in names if name.startswith(prefix)})
 
 
 def _depth(shapes: Shapes, transformer: str) -> int:
-    return _count(shapes, f"{transformer}.transformer_blocks.")
+    return count_parts(shapes, f"{transformer}.transformer_blocks.")
 
 
 def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
@@ -187,14 +191,20 @@ def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
 
 def rename(names: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
     """``{name: new name}`` by the longest of the ``modules`` prefixes that a name lies under; ValueError if none."""
-    found = {}
+    found, strange = {}, []
     for name in names:
         parts = name.split(".")
         prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         prefix = next((p for p in prefixes if p in modules), None)
         if prefix is None:
-            raise ValueError(f"tensor {name!r}: expected a part of {', '.join(sorted(modules)[:3])} ...")
-        found[name] = modules[prefix] + name.removeprefix(prefix)
+            strange.append(name)
+        else:
+            found[name] = modules[prefix] + name.removeprefix(prefix)
+    if strange:
+        raise ValueError(
+            f"{len(strange):,} tensors do not belong to such a network, such as {shown(strange[0], 120)}: expected "
+            f"parts of {', '.join(sorted(modules)[:3])} ..."
+        )
     return found
 
 
@@ -211,13 +221,14 @@ def kohya_name(ldm_module: str) -> str:
 
 VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_VAE_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # of diffusers before 0.17
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """Arguments of diffusers' ``AutoencoderKL`` from a VAE's tensors in ldm names; ValueError if they are none's."""
     if "encoder.conv_in.weight" not in shapes or "quant_conv.weight" not in shapes:
         raise ValueError(f"VAE: expected tensors such as encoder.conv_in.weight, got {', '.join(list(shapes)[:3])} ...")
-    levels, blocks = _count(shapes, "encoder.down."), _count(shapes, "encoder.down.0.block.")
+    levels, blocks = count_parts(shapes, "encoder.down."), count_parts(shapes, "encoder.down.0.block.")
     channels = tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels))
     return {
         "latent_channels": shapes["post_quant_conv.weight"][0],
@@ -232,7 +243,7 @@ def vae_modules(names: Iterable[str]) -> dict[str, str]:
     """diffusers' module prefixes -> ldm's, for the VAE with tensors of these ``names``, in either layout."""
     names = list(names)
     down, block = ("down_blocks", "resnets") if any(".down_blocks." in name for name in names) else ("down", "block")
-    levels, blocks = _count(names, f"encoder.{down}."), _count(names, f"encoder.{down}.0.{block}.")
+    levels, blocks = count_parts(names, f"encoder.{down}."), count_parts(names, f"encoder.{down}.0.{block}.")
     found = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for part in ("encoder", "decoder"):
         found |= {f"{part}.{name}": f"{part}.{name}" for name in ("conv_in", "conv_out")}
@@ -242,7 +253,11 @@ def vae_modules(names: Iterable[str]) -> dict[str, str]:
                 f"{part}.mid_block.resnets.{number}.{a}": f"{part}.mid.block_{number + 1}.{b}"
                 for a, b in VAE_RESNET.items()
             }
-        found |= {f"{part}.mid_block.attentions.0.{a}": f"{part}.mid.attn_1.{b}" for a, b in VAE_ATTENTION.items()}
+        attention = OLD_VAE_ATTENTION if any(n.endswith(".proj_attn.weight") for n in names) else {}
+        found |= {
+            f"{part}.mid_block.attentions.0.{a}": f"{part}.mid.attn_1.{b}"
+            for a, b in (VAE_ATTENTION | attention).items()
+        }
     for level in range(levels):
         for layer in range(blocks + 1):
             for ours, theirs in VAE_RESNET.items():
@@ -282,24 +297,29 @@ CLIP_G_LAYER = {
 QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
 
 
-def clip_g_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def clip_g_from_open_clip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """OpenCLIP's text tower as transformers' ``CLIPTextModelWithProjection`` names it (version 4's names)."""
     found = {ours: tensors[theirs] for ours, theirs in CLIP_G_ENDS.items()}
-    found["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    for number in range(_count(tensors, "transformer.resblocks.")):
+    found["text_projection.weight"] = tensors["text_projection"].map(lambda matrix: matrix.T.contiguous())
+    for number in range(count_parts(tensors, "transformer.resblocks.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
             found |= {f"{ours}.{a}.{kind}": tensors[f"{theirs}.{b}.{kind}"] for a, b in CLIP_G_LAYER.items()}
-            parts = tensors[f"{theirs}.attn.in_proj_{kind}"].chunk(3)
-            found |= {f"{ours}.{name}.{kind}": part for name, part in zip(QKV, parts, strict=True)}
+            joined = tensors[f"{theirs}.attn.in_proj_{kind}"]
+            for place, name in enumerate(QKV):
+                found[f"{ours}.{name}.{kind}"] = joined.map(partial(_third, place=place))
     return found
+
+
+def _third(joined: Tensor, place: int) -> Tensor:
+    return joined.chunk(3)[place].clone()
 
 
 def clip_g_to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of ``clip_g_from_open_clip``, to the bit."""
     found = {theirs: tensors[ours] for ours, theirs in CLIP_G_ENDS.items()}
     found["text_projection"] = tensors["text_projection.weight"].T.contiguous()
-    for number in range(_count(tensors, "text_model.encoder.layers.")):
+    for number in range(count_parts(tensors, "text_model.encoder.layers.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
             found |= {f"{theirs}.{b}.{kind}": tensors[f"{ours}.{a}.{kind}"] for a, b in CLIP_G_LAYER.items()}

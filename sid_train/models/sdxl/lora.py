@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...files.tensors import open_tensors
+from ...files.reading import reading, shown
+from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
 from ..family import Tensors
 from .keys import invert, kohya_name, rename, unet_modules
@@ -24,22 +26,60 @@ def kohya_modules(unet: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:
-    """A kohya LoRA file for ``unet``, by diffusers' module names; ValueError for modules that it does not have."""
-    tensors = open_tensors(path)
-    ours = invert(kohya_modules(unet, config))
-    adapter: Adapter = {}
-    for name in tensors:
-        module = name.removesuffix(DOWN)
-        if module == name:
-            continue
-        if module not in ours:
-            raise ValueError(f"{path}: module {module}: expected kohya's name of a module of this UNet")
-        down, up = tensors[name].load(), tensors[module + UP].load()
-        alpha = tensors.get(module + ALPHA)
-        adapter[ours[module]] = (down, up, float(alpha.load()) if alpha else float(len(down)))
-    if not adapter:
-        raise ValueError(f"{path}: expected a kohya LoRA (lora_unet_...{DOWN}), got {next(iter(tensors), 'nothing')}")
-    return adapter
+    """A kohya LoRA file for ``unet``, by diffusers' module names; ValueError for modules that it does not have, and for
+    factors that do not fit.
+    """
+    with reading(path, "a kohya LoRA"):
+        tensors = open_tensors(path)
+        ours = invert(kohya_modules(unet, config))
+        modules: dict[str, None] = {}
+        for name in tensors:
+            end = next((end for end in (UP, DOWN, ALPHA) if name.endswith(end)), None)
+            module = name.removesuffix(end or "")
+            if end is None or module not in ours:
+                raise ValueError(
+                    f"tensor {shown(name, 120)}: expected a kohya LoRA (lora_unet_...{DOWN}, {UP} and {ALPHA}) of "
+                    "modules of this UNet: other kinds, and LoRAs with text encoders, are not read"
+                )
+            modules[module] = None
+        if not modules:
+            raise ValueError(f"expected tensors such as lora_unet_...{DOWN}, got none")
+        return {ours[module]: _factors_of(tensors, module, unet[f"{ours[module]}.weight"]) for module in modules}
+
+
+def _factors_of(tensors: Tensors, module: str, weight: LazyTensor) -> tuple[Tensor, Tensor, float]:
+    """down, up and alpha of one module; ValueError where they do not make a difference of its ``weight``."""
+    shown_module = shown(module, 120)
+    if missing := [end for end in (DOWN, UP) if module + end not in tensors]:
+        raise ValueError(f"module {shown_module}: {missing[0]} is missing")
+    down, up = (tensors[module + end].load_finite() for end in (DOWN, UP))
+    rank = len(down) if down.ndim else 0
+    fits = down.ndim == len(weight.shape) and tuple(down.shape[1:]) == weight.shape[1:]
+    if not rank or not fits or up.ndim < 2 or tuple(up.flatten(1).shape) != (weight.shape[0], rank):
+        raise ValueError(
+            f"module {shown_module}: expected factors of its weight {list(weight.shape)}, got {list(up.shape)} (up) "
+            f"and {list(down.shape)} (down)"
+        )
+    if module + ALPHA not in tensors:
+        return down, up, float(rank)
+    alpha = tensors[module + ALPHA].load_finite()
+    if alpha.numel() != 1:
+        raise ValueError(f"module {shown_module}: alpha: expected one number, got {alpha.numel()}")
+    return down, up, float(alpha)
+
+
+def with_one_alpha(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The same differences with the same alpha for every module, which ``dtype`` can hold: the factors between go into
+    ``up``. Where alphas differ, as ranks do, diffusers gives attention a scale of its own.
+    """
+    alphas = [alpha for _, _, alpha in adapter.values()]
+    one = max(alphas, key=abs)
+    if float(torch.tensor(one, dtype=dtype)) != one:
+        one = 2.0 ** min(max(math.ceil(math.log2(abs(one))), -14), 15)  # what fp16 has no fewer bits for
+    return {
+        module: (down, up if alpha == one else up.float() * (alpha / one), one)
+        for module, (down, up, alpha) in adapter.items()
+    }
 
 
 def extract_lora(distilled: Tensors, base: Tensors, rank: int = 0, energy: float = 0) -> tuple[Adapter, list[str]]:
@@ -56,7 +96,9 @@ def extract_lora(distilled: Tensors, base: Tensors, rank: int = 0, energy: float
     total = lost = left_out = 0.0
     worst: tuple[float, str] = (0.0, "")
     for name, tensor in distilled.items():
-        difference = tensor.load().float() - base[name].load().float()
+        if name not in base or base[name].shape != tensor.shape:
+            raise ValueError(f"LoRA extraction: the base has no tensor {name} of shape {list(tensor.shape)}")
+        difference = tensor.load_finite().float() - base[name].load_finite().float()
         size = float(difference.double().square().sum())
         total += size
         if difference.ndim < 2:

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sid_train.core.noise_schedule import VPSchedule
+from sid_train.core.recipe import SiDRecipe
 from sid_train.core.rng import BatchRNG
 from sid_train.demo.baselines import CACHE_FILE, cache_key
 from sid_train.demo.metrics import CLASSIFIER_FILE
+from sid_train.files.header import read_safetensors_metadata
 from sid_train.models.digits.data import (
     HELD_OUT_SUBJECTS,
     SPLIT_SIZES,
@@ -20,7 +23,8 @@ from sid_train.models.digits.data import (
     load_split,
 )
 from sid_train.models.digits.model import TEACHER_FILE, DigitCodec, DigitConditioner
-from sid_train.models.families import load_model
+from sid_train.models.families import export_generator, load_generator, load_model, open_model
+from sid_train.models.family import ExportOptions, Generator
 
 
 def test_splits_are_disjoint_and_cover_all_digits():
@@ -62,6 +66,26 @@ def test_conditioner_tells_prompts_apart_and_names_unknown_words():
 def test_shipped_weights_are_small_and_the_cached_rows_are_theirs():
     assert TEACHER_FILE.stat().st_size + CLASSIFIER_FILE.stat().st_size < 10_000_000
     assert json.loads(CACHE_FILE.read_text())["made_with"] == cache_key()
+
+
+def test_identical_weights_are_identical_bytes_and_damaged_ones_are_named(tmp_path):
+    generator = Generator(open_model("demo"), SiDRecipe(architecture="sid-demo-digits"), open_model("demo").tensors)
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for file in files:
+        export_generator(generator, file, ExportOptions())
+    assert files[0].read_bytes() == files[1].read_bytes()
+    tensors, metadata = load_file(files[0]), read_safetensors_metadata(files[0])
+    name = "unet.conv_in.bias"
+    for changed, message in (
+        (tensors | {name: tensors[name] * float("nan")}, f"tensor {name}: expected finite numbers"),
+        (tensors | {name: torch.zeros(3)}, f"1 tensors have other shapes .*{name}: expected 64, got 3"),
+        ({k: t for k, t in tensors.items() if k != name}, f"1 are missing, such as {name}"),
+        (tensors | {"unet.x": torch.zeros(1)}, "1 that do not belong to such a network, such as unet.x"),
+        (tensors | {name: tensors[name].to(torch.uint16)}, "got U16"),
+    ):
+        save_file(changed, files[1], metadata)
+        with pytest.raises(ValueError, match=rf"1.safetensors: .*{message}"):
+            load_generator(str(files[1]))
 
 
 def test_the_teacher_denoises_real_digits_it_never_saw():

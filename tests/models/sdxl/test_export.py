@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from small_sdxl import save_single_file, small_pipeline
 
 from sid_train.core.recipe import PRESETS, SiDRecipe, read_recipe
+from sid_train.files.hashing import file_sha256
 from sid_train.files.header import read_safetensors_metadata
 from sid_train.files.tensors import HASH_KEY, LazyTensor, open_tensors, write_tensors
 from sid_train.models.adapters import Adapter
 from sid_train.models.families import export_generator, load_generator, open_generator
 from sid_train.models.family import ExportOptions, Generator, merge_lora
 from sid_train.models.sdxl.export import convert_unet
-from sid_train.models.sdxl.lora import extract_lora, kohya_modules
+from sid_train.models.sdxl.lora import extract_lora, kohya_modules, with_one_alpha
 from sid_train.models.sdxl.parts import open_sdxl
 from sid_train.sample import sample_images
 
@@ -124,6 +125,39 @@ def test_diffusers_reads_the_lora(distilled, tmp_path):
         weight = pipeline.unet.get_submodule(module)
         weight = getattr(weight, "base_layer", weight).weight
         torch.testing.assert_close(weight, merged[f"{module}.weight"].load(), rtol=1e-4, atol=1e-5)
+
+
+def test_diffusers_reads_a_lora_of_different_ranks(teacher, tmp_path):
+    """It finds the ranks of attention in the file, but not alphas that differ."""
+    parts = open_sdxl(teacher)
+    adapter = {}
+    for number, (module, (down, up, _)) in enumerate(random_adapter(parts, rank=8).items()):
+        rank = 1 + number % 8
+        adapter[module] = (down[:rank], up[:, :rank], float(rank))
+    generator, path = Generator(parts, RECIPE, parts.tensors, adapter), tmp_path / "lora.safetensors"
+    export(generator, path, "lora", "fp32")
+    pipeline = small_pipeline()
+    pipeline.load_lora_weights(str(path))
+    pipeline.fuse_lora()
+    merged, again = generator.merged(), merge_lora(parts.tensors, parts.read_lora(path))
+    for module in adapter:
+        weight = pipeline.unet.get_submodule(module)
+        weight = getattr(weight, "base_layer", weight).weight
+        for other in (weight, again[f"{module}.weight"].load()):
+            torch.testing.assert_close(other, merged[f"{module}.weight"].load(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alphas", [(4.0, 4.0), (2.0, 39.0), (321.0, 321.0), (1e-9, 1e-9), (1e6, 1.0), (0.0, -3.0)])
+def test_one_alpha_keeps_every_difference(dtype, alphas):
+    adapter = {str(alpha): (torch.ones(2, 3), torch.rand(3, 2) + 0.5, alpha) for alpha in alphas}
+    made = with_one_alpha(adapter, dtype)
+    (one,) = {alpha for _, _, alpha in made.values()}
+    assert float(torch.tensor(one, dtype=dtype)) == one
+    for name, (_, up, alpha) in adapter.items():
+        torch.testing.assert_close(made[name][1] * one, up * alpha)
+    if alphas == (4.0, 4.0):
+        assert all(made[name][1] is up for name, (_, up, _) in adapter.items())  # its bytes stay
 
 
 def test_diffusers_reads_the_single_file(distilled, tmp_path):
@@ -254,6 +288,122 @@ def test_unet_alone_cannot_be_a_checkpoint(distilled, teacher, tmp_path):
         export(open_generator(str(unet)), path, "checkpoint", "fp16")
     export(open_generator(str(unet), teacher), path, "checkpoint", "fp16")
     assert any(name.startswith("conditioner.") for name in open_tensors(path))
+
+
+# -- what is not written -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format_", ["checkpoint", "unet", "diffusers"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), "bf16", "conv_in.bias: expected finite numbers, but 1 of 64 are NaN or infinite"),
+        (
+            70_000.0,
+            "fp16",
+            "conv_in.bias: expected values that fp16 can hold, up to 65504, got 70000: use --dtype bf16",
+        ),
+    ],
+)
+def test_weights_that_a_file_cannot_hold(distilled, tmp_path, format_, value, dtype, message):
+    bias = distilled.tensors["conv_in.bias"].load().clone()
+    bias[3] = value
+    ruined = {**distilled.tensors, "conv_in.bias": LazyTensor.of(bias, "teacher.safetensors: tensor conv_in.bias")}
+    path = tmp_path / ("folder" if format_ == "diffusers" else "x.safetensors")
+    with pytest.raises(ValueError, match=f"teacher.safetensors: tensor {message}"):
+        export(replace(distilled, tensors=ruined), path, format_, dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lora_that_is_not_finite_is_not_written(distilled, tmp_path):
+    module, (down, up, alpha) = next(iter(distilled.adapter.items()))
+    ruined = distilled.adapter | {module: (down * float("inf"), up, alpha)}
+    with pytest.raises(ValueError, match=r"lora_down.weight: expected finite numbers"):
+        export(replace(distilled, adapter=ruined), tmp_path / "x.safetensors", "lora", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_an_input_is_refused(distilled, teacher, tmp_path):
+    before = Path(teacher).stat()
+    hard, soft = tmp_path / "hard.safetensors", tmp_path / "soft.safetensors"
+    os.link(teacher, hard)
+    soft.symlink_to(teacher)
+    spelled = Path(teacher).parent / ".." / Path(teacher).parent.name / Path(teacher).name
+    for path in (Path(teacher), hard, soft, spelled):
+        with pytest.raises(ValueError, match=r"it would replace .*small-xl.safetensors, which is read for it"):
+            export(distilled, path, "checkpoint", "fp16")
+    unet = tmp_path / "unet.safetensors"
+    export(distilled, unet, "unet", "fp16")
+    for out in (unet, Path(teacher)):
+        with pytest.raises(ValueError, match="which is read for it"):
+            export(open_generator(str(unet), teacher), out, "checkpoint", "fp16")
+    with pytest.raises(ValueError, match="which is read for it"):
+        export(open_generator(str(unet)), unet, "unet", "fp32")
+    with pytest.raises(ValueError, match="which is read for it"):
+        convert_unet(Path(teacher), soft, PRESETS["DMD2 (4 steps)"], "fp16")
+    folder = replace(distilled.model, read_from=(tmp_path,))
+    with pytest.raises(ValueError, match="a part of"):
+        export(replace(distilled, model=folder), tmp_path / "new.safetensors", "unet", "fp16")
+    assert (Path(teacher).stat().st_mtime_ns, Path(teacher).stat().st_size) == (before.st_mtime_ns, before.st_size)
+
+
+# -- LoRAs and their bases -----------------------------------------------------------------------------------------
+
+MODULE = "lora_unet_input_blocks_3_0_in_layers_2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{MODULE}.lora_up.weight"), rf"module {MODULE}: .lora_up.weight is missing"),
+        (lambda t: t.pop(f"{MODULE}.lora_down.weight"), rf"module {MODULE}: .lora_down.weight is missing"),
+        (lambda t: t.update({f"{MODULE}.alpha": torch.tensor(float("nan"))}), rf"tensor {MODULE}.alpha: .* finite"),
+        (lambda t: t.update({f"{MODULE}.alpha": torch.ones(2)}), "alpha: expected one number, got 2"),
+        (lambda t: t.update({f"{MODULE}.lora_up.weight": torch.ones(128, 5, 1, 1)}), "expected factors of its weight"),
+        (
+            lambda t: t.update(
+                {f"{MODULE}.lora_down.weight": torch.ones(0, 64, 3, 3), f"{MODULE}.lora_up.weight": torch.ones(128, 0)}
+            ),
+            "expected factors of its weight",
+        ),
+        (lambda t: t.update({f"{MODULE}.dora_scale": torch.ones(1)}), rf"tensor {MODULE}.dora_scale: expected a kohya"),
+        (lambda t: t.update({"lora_te1_x.alpha": torch.ones(1)}), "LoRAs with text encoders, are not read"),
+    ],
+)
+def test_lora_files_that_make_no_difference_of_the_unet(distilled, tmp_path, change, message):
+    path = tmp_path / "lora.safetensors"
+    names = kohya_modules(distilled.tensors, distilled.model.unet_config)
+    (module,) = (ours for ours, name in names.items() if name == MODULE)
+    export(replace(distilled, adapter={module: distilled.adapter[module]}), path, "lora", "fp32")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"lora.safetensors: .*{message}"):
+        distilled.model.read_lora(path)
+
+
+def test_a_lora_needs_a_base_of_its_own_kind(distilled, teacher, tmp_path):
+    lora, said, plain = (tmp_path / f"{name}.safetensors" for name in ("lora", "said", "plain"))
+    plain.hardlink_to(teacher)
+    save_file(load_file(teacher), said, {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"})
+
+    def opened(base: Path, **facts) -> Generator:
+        export(replace(distilled, recipe=replace(RECIPE, **facts)), lora, "lora", "fp16")
+        return open_generator(str(lora), str(base))
+
+    with pytest.raises(ValueError, match=r"said.safetensors: it is a v_prediction model .*recipe of .*says epsilon"):
+        opened(said)
+    with pytest.raises(ValueError, match=r"said.safetensors: its schedule is zero terminal SNR, but the recipe"):
+        opened(said, prediction_type="v_prediction")
+    parts = opened(said, prediction_type="v_prediction", zero_terminal_snr=True).model
+    assert (parts.prediction_type, parts.zero_terminal_snr) == ("v_prediction", True)
+    # A base that says nothing is epsilon, but it may be the very teacher, of which the configuration said otherwise.
+    known = {"prediction_type": "v_prediction", "base_model_hash": file_sha256(Path(teacher))}
+    assert opened(plain, **known).model.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="does not say that it is a model with v_prediction"):
+        opened(plain, **known | {"base_model_hash": "0" * 64})
+    assert not opened(plain, base_model_hash=known["base_model_hash"]).is_on_another_base()
+    assert opened(plain, base_model_hash="0" * 64).is_on_another_base()
 
 
 class TestWriter:
