@@ -233,8 +233,8 @@ class SiDRecipe:
         return replace(recipe, title="") if recipe.title == recipe.default_title else recipe
 
     def describe(self) -> str:
-        """The recipe for people: a line a fact, what matters for sampling first. What strangers wrote is escaped and cut
-        to a length that a line can have.
+        """The recipe for people: a line a fact, what matters for sampling first. What strangers wrote is escaped and
+        cut to a length that a line can have.
         """
         facts = sorted(self.training_summary.items())
         rows: list[tuple[str, Any]] = [
@@ -305,8 +305,8 @@ PRESETS: dict[str, SiDRecipe] = {
 
 
 def _architecture(reader: _Reader) -> str:
-    """What ``modelspec.architecture`` says of a family that is not SDXL; of SDXL, for which every tool has another word,
-    only whether the file is a LoRA.
+    """What ``modelspec.architecture`` says of a family that is not SDXL. Of SDXL, for which every tool has another
+    word, only whether the file is a LoRA.
     """
     text = reader.text("modelspec.architecture", "")
     if text and reader.text("modelspec.implementation", "") == OTHER_IMPLEMENTATION:
