@@ -8,6 +8,7 @@ if __package__ and "comfy" in sys.modules:
     from .nodes.recipe import SiDRecipeInfo, SiDRecipeOverride
     from .nodes.sampling import SiDFewStepSampler, SiDSamplerSelect, SiDScheduler
     from .nodes.training import SiDTrainingRecipe
+    from .nodes.version import log_if_below_floor
 
     NODE_CLASS_MAPPINGS = {
         "SiDCheckpointLoader": SiDCheckpointLoader,
@@ -23,3 +24,4 @@ if __package__ and "comfy" in sys.modules:
         "SiDRecipeOverride": SiDRecipeOverride,
     }
     WEB_DIRECTORY = "./nodes/web"
+    log_if_below_floor()

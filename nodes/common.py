@@ -1,26 +1,28 @@
-"""What the nodes share: types, the category, messages to the user, and checks of a MODEL."""
+"""What the nodes share: types, the category, and messages to the user."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import logging
+import re
 import sys
 from collections.abc import Iterable
 
-import comfy.model_base
-import comfy.model_sampling
+import folder_paths
 from comfy_api.latest import io
 
-from ..sid_train.core.recipe import SiDRecipe
 from ..sid_train.files.header import read_safetensors_metadata
+from ..sid_train.files.reading import shown
 
 CATEGORY = "SiD"
 RecipeType = io.Custom("SID_RECIPE")
 StrategyType = io.Custom("SID_STRATEGY")
+# Of what is shown on a node: names and texts in it come from files and workflows of strangers.
+MAX_LINES, MAX_LINE = 200, 1000
 
-# What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
-TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
-
+# Two slashes of either kind, Windows' \??\ and a scheme such as http:// or file:/ (one letter is a drive).
+_OTHER_HOST = re.compile(r"[/\\]{2}|\\\?|[A-Za-z][A-Za-z0-9+.-]+:[/\\]")
 _log = logging.getLogger("ComfyUI-SiD")
 _warned: set[str] = set()  # the ids of the nodes that show a message
 _SCHEMA_FIELDS = {f.name for f in dataclasses.fields(io.Schema)}
@@ -31,19 +33,27 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{k: v for k, v in (fields | {"category": CATEGORY}).items() if k in _SCHEMA_FIELDS})
 
 
+def printable(text: str) -> str:
+    """``text`` as lines that are printable and not too long, and not too many of them."""
+    lines = text.split("\n", MAX_LINES)
+    return "\n".join(shown(line, MAX_LINE) for line in lines[:MAX_LINES]) + "\n..." * (len(lines) > MAX_LINES)
+
+
 def show(node: type[io.ComfyNode], text: str) -> None:
     """Shows ``text`` on the node."""
     web = sys.modules.get("server")  # absent when ComfyUI is used as a library
     server = getattr(web.PromptServer, "instance", None) if web else None
     if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
-        server.send_progress_text(text, node.hidden.unique_id)
+        # The frontend takes it for HTML.
+        server.send_progress_text(html.escape(printable(text), quote=False), node.hidden.unique_id)
 
 
 def warn(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
     """Shows what the user should know on the node, and logs it; where there is nothing any more, says that."""
     unique_id = node.hidden.unique_id if node.hidden is not None else None
-    if text := "\n".join(messages):
-        _log.warning("%s: %s", node.__name__, text)
+    if text := "\n".join(shown(message, MAX_LINE) for message in messages):
+        # ComfyUI runs clones of the classes, under names of their own.
+        _log.warning("%s: %s", node.define_schema().node_id, text)
         show(node, text)
         _warned.add(unique_id)
     elif unique_id in _warned:
@@ -51,84 +61,26 @@ def warn(node: type[io.ComfyNode], messages: Iterable[str]) -> None:
         _warned.discard(unique_id)
 
 
+def full_path(kind: str, name: str) -> str:
+    """The path of a file that was chosen in one of ComfyUI's model folders; FileNotFoundError where there is none."""
+    refuse_other_hosts(kind, name)
+    return folder_paths.get_full_path_or_raise(kind, name)
+
+
+def refuse_other_hosts(name: str, path: str) -> None:
+    r"""ValueError for a path that another computer would be asked about: \\host\share, //host, http://host and so on.
+
+    To be called before anything looks at the path: Windows sends the user's credentials to such hosts.
+    """
+    if _OTHER_HOST.match(path):
+        raise ValueError(
+            f"{name}: expected a path on this computer, got {shown(path, 200)!r}. A workflow may not make ComfyUI "
+            "contact another host: copy the files, or mount the share under a path or a drive letter."
+        )
+
+
 def read_header(path: str, source: str) -> dict[str, str]:
     """The metadata of a file; ValueError, which names ``source``, for one that is no safetensors file."""
     if not path.lower().endswith((".safetensors", ".sft")):
         raise ValueError(f"{source}: expected a safetensors file. Convert it first: other formats can run code.")
     return read_safetensors_metadata(path)
-
-
-def check_choice(name: str, value: str, options: Iterable[str]) -> str:
-    """``value`` if it is one of ``options`` (ComfyUI 0.3.64 does not check combos of V3 nodes); ValueError if not."""
-    if value not in (allowed := list(options)):
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    return value
-
-
-def check_sdxl(network, sampling, source: str) -> str:
-    """``epsilon`` or ``v_prediction``; ValueError for a model that is not SDXL or not sampled as SDXL is.
-
-    network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is
-    """
-    if not isinstance(network, comfy.model_base.SDXL):
-        found = type(network).__name__
-        found = "one of SD 1.x's or 2.x's class" if found == "BaseModel" else found
-        raise ValueError(
-            f"{source}: expected an SDXL model, got {found}. SiD's loaders and ComfyUI's Load Checkpoint give one from "
-            "an SDXL file."
-        )
-    bases = type(sampling).__bases__
-    if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
-        if comfy.model_sampling.EPS in bases:
-            return "epsilon"
-        if comfy.model_sampling.V_PREDICTION in bases:
-            return "v_prediction"
-    raise ValueError(
-        f"{source}: expected SDXL's 1,000 discrete timesteps with eps- or v-prediction, got "
-        f"{' + '.join(b.__name__ for b in bases)}. SiD generators are sampled on their own timesteps: remove "
-        "ModelSampling... nodes from between loader and sampler."
-    )
-
-
-def has_zero_terminal_snr(sampling) -> bool:
-    """Whether the highest noise level is that of a zero-terminal-SNR schedule (SDXL's own ends at 14.6)."""
-    return float(sampling.sigma_max) > 100
-
-
-def fit_preset(model, recipe: SiDRecipe, source: str) -> SiDRecipe:
-    """A preset with MODEL's prediction type and noise schedule; ``source`` is whose model it is."""
-    sampling = model.get_model_object("model_sampling")
-    predicts = check_sdxl(model.model, sampling, source)
-    return dataclasses.replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
-
-
-def check_model(model, recipe: SiDRecipe, source: str) -> None:
-    """ValueError unless MODEL is SDXL and as ``recipe`` says; ``source`` is whose model it is."""
-    sampling = model.get_model_object("model_sampling")
-    predicts = check_sdxl(model.model, sampling, source)
-    if recipe.prediction_type != predicts:
-        raise ValueError(
-            f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
-            f"{predicts}. Recipe and model belong together: choose the other one. A preset takes the model's: connect "
-            "'model' of SiD Recipe Override. (ComfyUI takes a file for v-prediction if it holds an empty tensor named "
-            "'v_pred'; sid_train writes it.)"
-        )
-    is_ztsnr = has_zero_terminal_snr(sampling)
-    if recipe.zero_terminal_snr != is_ztsnr:
-        raise ValueError(
-            f"{source}: its recipe says zero terminal SNR is {str(recipe.zero_terminal_snr).lower()}, but ComfyUI "
-            f"loaded the model with {str(is_ztsnr).lower()}. Choose the recipe that belongs to this model."
-        )
-
-
-def check_prompt(name: str, conditioning) -> None:
-    """ValueError unless CONDITIONING was made by SDXL's two text encoders."""
-    for text, extra in conditioning:
-        pooled = extra.get("pooled_output")
-        widths = text.shape[-1], None if pooled is None else pooled.shape[-1]
-        if widths != (TEXT_WIDTH, POOLED_WIDTH):
-            raise ValueError(
-                f"{name}: expected a prompt encoded by SDXL's text encoders ({TEXT_WIDTH} wide, pooled "
-                f"{POOLED_WIDTH}), got {widths[0]} wide, pooled {widths[1] or 'missing'}. Connect CLIP Text Encode to "
-                "the CLIP of an SDXL checkpoint."
-            )

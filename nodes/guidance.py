@@ -7,8 +7,11 @@ from comfy_api.latest import io
 
 from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
 from ..sid_train.method.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
-from .common import RecipeType, StrategyType, check_choice, check_prompt, check_sdxl, schema, warn
+from .checks import checked
+from .common import RecipeType, StrategyType, schema, warn
+from .models import check_sdxl
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
+from .start import remember_start
 
 AUTO = "auto"
 MODES = (AUTO, *SAMPLING_GUIDANCES)
@@ -55,13 +58,9 @@ def make_guider(
 ) -> tuple[comfy.samplers.CFGGuider, list[str]]:
     """A GUIDER and what the user should be told.
 
-    ValueError for a model or a prompt that is not SDXL's, and where ``mode`` needs a negative prompt that is missing.
+    ValueError for a model that is not SDXL's, and where ``mode`` needs a negative prompt that is missing.
     """
-    check_choice("guidance", mode, MODES)
     check_sdxl(model.model, model.get_model_object("model_sampling"), "model")
-    check_prompt("positive", positive)
-    if negative is not None:
-        check_prompt("negative", negative)
     if mode == AUTO:
         mode, cfg = (recipe.sampling_guidance, recipe.sampling_cfg) if recipe else ("none", 1.0)
     if mode != "none" and negative is None:
@@ -124,6 +123,7 @@ class SiDGuidance(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -136,7 +136,9 @@ class SiDGuidance(io.ComfyNode):
         negative=None,
         recipe: SiDRecipe | None = None,
     ) -> io.NodeOutput:
-        guider, messages = make_guider(model, positive, negative, recipe, guidance, cfg, nag_scale, nag_tau, nag_alpha)
+        guider, messages = make_guider(
+            remember_start(model), positive, negative, recipe, guidance, cfg, nag_scale, nag_tau, nag_alpha
+        )
         warn(cls, messages)
         return io.NodeOutput(guider)
 
@@ -208,6 +210,7 @@ class SiDDistillationGuidance(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         strategy: str,
@@ -217,7 +220,6 @@ class SiDDistillationGuidance(io.ComfyNode):
         fake_eval: float,
         teacher: float,
     ) -> io.NodeOutput:
-        check_choice("strategy", strategy, cls.STRATEGIES)
         arguments = {
             "lsg": f"={lsg_scale:g}",
             "anti-cfg": f"={anti_cfg_scale:g}",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -21,7 +18,14 @@ from ..sid_train.core.recipe import (
     has_recipe,
     split_architecture,
 )
-from .common import RecipeType, check_choice, check_model, fit_preset, read_header, schema, warn
+from ..sid_train.files.header import read_header as read_whole_header
+from ..sid_train.files.reading import reading, shown
+from .checks import checked
+from .common import RecipeType, full_path, read_header, schema, warn
+from .declared import check_declared
+from .models import check_model, fit_preset
+from .start import remember_start
+from .weights import check_numbers, check_unet, loading
 
 FROM_FILE = "from the file"
 WEIGHT_DTYPES = {
@@ -30,6 +34,7 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
+CONV_IN = "diffusion_model.input_blocks.0.0.weight"
 # How the keys of a LoRA for text encoders begin, in the spellings that ComfyUI reads.
 TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
 
@@ -55,7 +60,6 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
 
     ValueError for a file that is no safetensors file, and for one without a recipe while ``choice`` is the file's.
     """
-    check_choice("recipe", choice, [FROM_FILE, *PRESETS])
     metadata = read_header(path, path)
     if choice != FROM_FILE:
         return PRESETS[choice], _replaced(choice, metadata, path)
@@ -67,7 +71,7 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
     recipe = SiDRecipe.from_metadata(metadata, path)
     if split_architecture(recipe.architecture)[0] != SDXL_ARCHITECTURE:
         raise ValueError(
-            f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {recipe.architecture}. "
+            f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {shown(recipe.architecture, 100)}. "
             "These nodes sample SDXL; run other models with 'python -m sid_train sample'."
         )
     return recipe, []
@@ -90,26 +94,17 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
     ]
 
 
-def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str) -> SiDRecipe:
-    """``recipe``, checked against the model of the same file. A preset takes the prediction type from the model."""
+def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool = False) -> tuple[SiDRecipe, list[str]]:
+    """``recipe``, checked against MODEL and the header of the file at ``path``, and what the user should be told.
+
+    A preset takes the prediction type from the model, which is the file's own unless ``is_lora``.
+    """
+    messages = []
     if choice != FROM_FILE:
-        recipe = fit_preset(model, recipe, path)
-    check_model(model, recipe, path)
-    return recipe
-
-
-@contextmanager
-def _explained(path: str, expected: str) -> Iterator[None]:
-    """ComfyUI's error for a file that it cannot make out, with what to do; other errors as they are."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "detect model type" not in str(error):
-            raise
-        raise ValueError(
-            f"{path}: expected {expected}, but ComfyUI finds no diffusion model in it. A LoRA goes into models/loras "
-            "and SiD LoRA Loader, a VAE or a text encoder into ComfyUI's own loaders."
-        ) from error
+        recipe = fit_preset(model, recipe, path, not is_lora)
+        messages = check_declared(read_header(path, path), recipe.prediction_type, path, is_lora)
+    check_model(model, recipe, path, not is_lora)
+    return recipe, messages
 
 
 class SiDCheckpointLoader(io.ComfyNode):
@@ -139,24 +134,26 @@ class SiDCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        path = full_path("checkpoints", ckpt_name)
         how, messages = read_recipe(path, recipe)
-        with _explained(path, "an SDXL checkpoint"):
+        with loading(path, "an SDXL checkpoint"):
             model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
                 path,
                 output_vae=True,
                 output_clip=True,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
             )
-        how = fit_recipe(model, how, recipe, path)
+        how, more = fit_recipe(model, how, recipe, path)
+        messages += more + check_unet(model, read_whole_header(path).tensors, path)
         if clip is None:
             messages.append(
                 "The file has no text encoders: take CLIP from another SDXL checkpoint, or put the file into "
                 "models/diffusion_models and use SiD Diffusion Model Loader."
             )
         warn(cls, messages)
-        return io.NodeOutput(model, clip, vae, how)
+        return io.NodeOutput(remember_start(model), clip, vae, how)
 
 
 class SiDDiffusionModelLoader(io.ComfyNode):
@@ -186,15 +183,17 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, unet_name: str, recipe: str, weight_dtype: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        options = dict(WEIGHT_DTYPES[check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)])
+        path = full_path("diffusion_models", unet_name)
+        options = dict(WEIGHT_DTYPES[weight_dtype])
         how, messages = read_recipe(path, recipe)
-        with _explained(path, "an SDXL UNet"):
+        with loading(path, "an SDXL UNet"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
-        how = fit_recipe(model, how, recipe, path)
+        how, more = fit_recipe(model, how, recipe, path)
+        messages += more + check_unet(model, read_whole_header(path).tensors, path)
         warn(cls, messages)
-        return io.NodeOutput(model, how)
+        return io.NodeOutput(remember_start(model), how)
 
 
 class _ReadTensors(dict):
@@ -217,51 +216,85 @@ class _ReadTensors(dict):
 def apply_lora(model, path: str, strength: float, allow_partial: bool):
     """``model`` with the UNet part of a LoRA file: (MODEL, what the user should be told).
 
-    ValueError if nothing in the file is for this model, if a part is not while ``allow_partial`` is false, and for a
-    LoRA of other widths than the model's.
+    ValueError if nothing in the file is for this model, if a part is not while ``allow_partial`` is false, for a LoRA
+    of other widths than the model's, and for one whose weights are NaN or infinite.
     """
-    tensors = _ReadTensors(comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True)))
-    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
-    patched = model.clone()
-    patched.add_patches(patches, strength)
-    _check_shapes(model, patches, path)
+    with reading(path, "a LoRA"):
+        loaded = comfy.utils.load_torch_file(path, safe_load=True)
+        tensors = _ReadTensors(comfy.lora_convert.convert_lora(loaded))
+        patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
 
-    messages = []
-    expected = [name for name in tensors if not name.startswith(TEXT_ENCODER_PREFIXES)]
-    if for_text := len(tensors) - len(expected):
-        messages.append(f"{for_text} tensors of the LoRA are for text encoders, which this node leaves as they are.")
+    expected = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT_ENCODER_PREFIXES)}
+    for_text = len(tensors) - len(expected)
+    if not expected:
+        held = f"all {for_text:,} of its tensors are for text encoders" if for_text else "the file holds no tensors"
+        raise ValueError(
+            f"{path}: expected a LoRA for SDXL's UNet, but it has nothing for it: {held}. ComfyUI's own LoRA loader "
+            "applies LoRAs for text encoders."
+        )
     missed = sorted(set(expected) - tensors.read)
     if len(missed) == len(expected):
         raise ValueError(
             f"{path}: expected a LoRA for this SDXL model, but none of its {len(expected)} tensors match; the first is "
-            f"{missed[0] if missed else 'missing'!r}. ComfyUI reads kohya names "
-            "(lora_unet_...lora_up.weight) and diffusion_model.*.lora_A; convert peft or diffusers files first."
+            f"{shown(missed[0], 200)!r}. ComfyUI reads kohya names (lora_unet_...lora_up.weight) and "
+            "diffusion_model.*.lora_A; convert peft or diffusers files first."
         )
+    check_numbers(expected, path)
+    left_out = []
     if missed:
-        what = f"{len(missed)} of its {len(expected)} tensors match nothing in this model: {', '.join(missed[:3])}"
-        what += " ..." if len(missed) > 3 else ""
-        if not allow_partial:
-            raise ValueError(
-                f"{path}: {what}. A distillation LoRA that is applied in part gives wrong pictures. Set "
-                "'allow_partial' to use what matches."
-            )
-        messages.append(f"The LoRA is applied in part: {what}")
+        first = ", ".join(shown(name, 100) for name in missed[:3]) + " ..." * (len(missed) > 3)
+        left_out.append(f"{len(missed)} of its {len(expected)} tensors match nothing in this model: {first}")
+    if other_channels := _check_shapes(model, patches, path):
+        del patches[CONV_IN]
+        left_out.append(other_channels)
+    if left_out and not allow_partial:
+        raise ValueError(
+            f"{path}: {'. '.join(left_out)}. A distillation LoRA that is applied in part gives wrong pictures. Set "
+            "'allow_partial' to use what matches."
+        )
+    patched = model.clone()
+    patched.add_patches(patches, strength)
+    messages = [f"The LoRA is applied in part: {what}" for what in left_out]
+    if for_text:
+        messages.append(f"{for_text} tensors of the LoRA are for text encoders, which this node leaves as they are.")
     return patched, messages
 
 
-def _check_shapes(model, patches: dict, path: str) -> None:
-    """ValueError for a LoRA whose product does not fit the weight: ComfyUI logs that and leaves the weight as it is."""
+def _check_shapes(model, patches: dict, path: str) -> str:
+    """ValueError for a LoRA whose product does not fit the weight: ComfyUI logs that and leaves the weight as it is.
+
+    Where only the number of the first layer's input channels is another one (SDXL's inpainting UNet has 9), says so.
+    """
+    other_channels = ""
     for name, patch in patches.items():
-        if getattr(patch, "name", "") != "lora" or patch.weights[3] is not None or patch.weights[5] is not None:
-            continue  # other kinds of adapters, and those with a middle or another target shape
-        up, down = patch.weights[:2]
         weight = comfy.utils.get_attr(model.model, name).shape
-        wanted, got = (weight[0], weight[1:].numel()), (up.shape[0], down.shape[1:].numel())
-        if got != wanted or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"{path}: expected a LoRA of {wanted[0]} x {wanted[1]} for {name}, got {got[0]} x {got[1]} (ranks "
-                f"{up.shape[1]} and {down.shape[0]}). It was made for another model than SDXL, or the file is damaged."
+        got, ranks = _product(patch)
+        wanted = (weight[0], weight[1:].numel())
+        if got is None or (got == wanted and len(set(ranks)) < 2):
+            continue
+        channels = got[1] * weight[1] / wanted[1] if len(weight) == 4 else 0
+        if name == CONV_IN and got[0] == wanted[0] and len(set(ranks)) < 2 and channels in (4, 8, 9):
+            other_channels = (
+                f"its weight for conv_in is for a UNet of {channels:.0f} input channels, and this model has "
+                f"{weight[1]} (SDXL has 4, its inpainting UNet 9)"
             )
+            continue
+        of_ranks = f" (ranks {ranks[0]} and {ranks[1]})" if ranks else ""
+        raise ValueError(
+            f"{path}: expected a LoRA of {wanted[0]} x {wanted[1]} for {name}, got {got[0]} x {got[1]}{of_ranks}. It "
+            "was made for another model than SDXL, or the file is damaged."
+        )
+    return other_channels
+
+
+def _product(patch) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """The rows and columns of what a patch adds to a weight, and its ranks; None for kinds that are not looked into."""
+    if getattr(patch, "name", "") == "lora" and patch.weights[3] is None and patch.weights[5] is None:
+        up, down = patch.weights[:2]  # with a middle or another target shape the product is another one
+        return (up.shape[0], down.shape[1:].numel()), (up.shape[1], down.shape[0])
+    if isinstance(patch, tuple) and patch[0] in ("diff", "set") and patch[1][0].ndim > 1:
+        return (patch[1][0].shape[0], patch[1][0].shape[1:].numel()), ()
+    return None, ()
 
 
 class SiDLoRALoader(io.ComfyNode):
@@ -300,10 +333,11 @@ class SiDLoRALoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = full_path("loras", lora_name)
         how, messages = read_recipe(path, recipe)
-        how = fit_recipe(model, how, recipe, path)
-        patched, more = apply_lora(model, path, strength, allow_partial)
-        warn(cls, messages + more)
-        return io.NodeOutput(patched, how)
+        how, more = fit_recipe(model, how, recipe, path, is_lora=True)
+        patched, told = apply_lora(model, path, strength, allow_partial)
+        warn(cls, messages + more + told)
+        return io.NodeOutput(remember_start(patched), how)

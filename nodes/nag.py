@@ -7,6 +7,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from .version import FLOOR, comfyui_version, is_below_floor
+
 NAG_SCALE = 2.0
 NAG_TAU = 2.5
 NAG_ALPHA = 0.5
@@ -33,10 +35,16 @@ def patch_nag(model, negative, scale: float, tau: float, alpha: float):
     """A clone of MODEL whose cross attention moves away from ``negative`` (CONDITIONING with one prompt).
 
     Returns ``model`` itself where the strength is 0. ValueError for several negative prompts, for one that is not meant
-    for the whole picture and all steps, and for a model whose cross attention another node has replaced.
+    for the whole picture and all steps, for a model whose cross attention another node has replaced, and on a ComfyUI
+    that is too old.
     """
     if scale == 0 or alpha == 0:
         return model
+    if is_below_floor():
+        raise ValueError(
+            f"guidance 'nag': expected ComfyUI {FLOOR} or newer, got {comfyui_version()}, whose attention does not "
+            "take what it needs. Update ComfyUI, or use guidance 'cfg' or 'none'."
+        )
     if len(negative) != 1:
         raise ValueError(
             f"guidance 'nag': expected one negative prompt, got {len(negative)} parts. Join them with "

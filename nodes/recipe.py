@@ -9,7 +9,10 @@ from comfy_api.latest import io, ui
 from ..sid_train.core.recipe import PRESETS, SAMPLING_GUIDANCES, RecipeError, SiDRecipe
 from ..sid_train.core.sampling import NOISE_MODES
 from ..sid_train.core.timesteps import timestep_ladder
-from .common import RecipeType, check_choice, fit_preset, schema, show
+from ..sid_train.files.reading import shown
+from .checks import checked
+from .common import RecipeType, printable, schema, show
+from .models import fit_preset
 
 KEEP = "keep"
 
@@ -29,8 +32,9 @@ class SiDRecipeInfo(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, recipe: SiDRecipe) -> io.NodeOutput:
-        text = recipe.describe()
+        text = printable(recipe.describe())
         show(cls, text)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
@@ -88,6 +92,7 @@ class SiDRecipeOverride(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         preset: str,
@@ -98,7 +103,6 @@ class SiDRecipeOverride(io.ComfyNode):
         recipe: SiDRecipe | None = None,
         model=None,
     ) -> io.NodeOutput:
-        check_choice("preset", preset, [KEEP, *PRESETS])
         if preset != KEEP:
             recipe = PRESETS[preset] if model is None else fit_preset(model, PRESETS[preset], "model")
         if recipe is None:
@@ -107,9 +111,9 @@ class SiDRecipeOverride(io.ComfyNode):
         if timesteps.strip():
             chosen = _integers(timesteps)
             changes |= {"timesteps": chosen, "t_init": chosen[0], "ladder": _ladder(chosen)}
-        if check_choice("noise_mode", noise_mode, [KEEP, *NOISE_MODES]) != KEEP:
+        if noise_mode != KEEP:
             changes["noise_mode"] = noise_mode
-        if check_choice("guidance", guidance, [KEEP, *SAMPLING_GUIDANCES]) != KEEP:
+        if guidance != KEEP:
             changes |= {"sampling_guidance": guidance, "sampling_cfg": cfg}
         return io.NodeOutput(replace(recipe, **changes))
 
@@ -118,7 +122,7 @@ def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
-        raise RecipeError(f"timesteps: expected integers such as '625 468 312 156', got {text!r}") from None
+        raise RecipeError(f"timesteps: expected integers such as '625 468 312 156', got {shown(text, 100)!r}") from None
 
 
 def _ladder(timesteps: tuple[int, ...]) -> str:

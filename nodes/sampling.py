@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from itertools import pairwise
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
@@ -17,9 +19,12 @@ from torch import Tensor
 from ..sid_train.core.recipe import PRESETS, SiDRecipe
 from ..sid_train.core.sampling import NOISE_MODES, few_step_sample, noise_sampler, seeded_noise
 from ..sid_train.core.timesteps import MAX_STEPS, last_timesteps
-from .common import RecipeType, check_choice, check_model, check_sdxl, schema, warn
+from .checks import checked
+from .common import RecipeType, schema, warn
 from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
+from .models import check_model, check_sdxl
 from .nag import NAG_SCALE
+from .start import find_network, find_start
 
 DEFAULT_PRESET = "SiD 625 (4 steps)"
 FROM_RECIPE = "from the recipe"
@@ -33,7 +38,7 @@ DENOISE_TOOLTIP = (
 )
 NOISE_TOOLTIP = (
     f"The noise between steps. '{FROM_RECIPE}': as it was trained. fresh: new noise a step; fixed: the first noise "
-    "again; ddim: the noise that the last step implies."
+    "again; ddim: the noise that the last step implies. After DisableNoise, fresh and fixed draw theirs from the seed."
 )
 
 
@@ -92,6 +97,19 @@ def idle_ranges(model, sigmas: Tensor, conditioning) -> list[str]:
     ]
 
 
+def check_sigmas(sigmas: Tensor) -> None:
+    """ValueError unless SIGMAS are noise levels that fall to 0."""
+    levels = sigmas.tolist() if sigmas.ndim == 1 else []
+    if len(levels) < 2 or not all(math.isfinite(s) for s in levels) or any(a <= b for a, b in pairwise(levels)):
+        got = f"{len(levels)} numbers: {', '.join(f'{s:g}' for s in levels[:8])}" if sigmas.ndim == 1 else sigmas.shape
+        raise ValueError(f"sigmas: expected noise levels that fall to 0, got {got}. Connect SiD Scheduler.")
+    if levels[-1] != 0:
+        raise ValueError(
+            f"sigmas: expected to end in 0, got {levels[-1]:g}. The chain predicts the whole picture at every step: do "
+            "not split SIGMAS for it; use 'denoise' of SiD Scheduler."
+        )
+
+
 class FewStepSampler(comfy.samplers.KSAMPLER):
     """ComfyUI's KSAMPLER around the few-step chain. The first noise is not rescaled at the highest timestep, as
     KSAMPLER does for samplers that start there: the generator was trained on exactly ``sigma * noise``."""
@@ -108,20 +126,15 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
     begin at the recipe's first timestep).
     """
     recipe = recipe or PRESETS[DEFAULT_PRESET]
-    check_choice("noise_mode", noise_mode, [FROM_RECIPE, *NOISE_MODES])
-    check_choice("start", start, STARTS)
     mode = recipe.noise_mode if noise_mode == FROM_RECIPE else noise_mode
 
     def sample_sid(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
         extra_args = extra_args or {}
-        if float(sigmas[-1]) != 0:
-            raise ValueError(
-                f"sigmas: expected to end in 0, got {float(sigmas[-1]):g}. The chain predicts the whole picture at "
-                "every step: do not split SIGMAS for it; use 'denoise' of SiD Scheduler."
-            )
-        network = model.inner_model.inner_model
+        check_sigmas(sigmas)
+        network = find_network(model)
         check_sdxl(network, network.model_sampling, "model")  # of any guider
-        noise, latent = model.noise.to(x), model.latent_image
+        noise, latent = find_start(model, network, x, sigmas[0], extra_args)
+        draw = seeded_noise(noise, extra_args.get("seed") or 0)
         first = network.model_sampling.sigmas[recipe.t_init]
         from_noise = start == "noise" or (start == "auto" and float(sigmas[0]) >= float(first) * (1 - 1e-5))
         progress = comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable)
@@ -132,15 +145,22 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
                 callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": x0})
 
         with progress:
-            return few_step_sample(
+            x0 = few_step_sample(
                 lambda x, sigma: model(x, sigma, **extra_args),
                 sigmas,
                 noise,
-                noise_sampler(mode, noise, seeded_noise(noise, extra_args.get("seed") or 0)),
+                noise_sampler(mode, noise, draw),
                 x0=None if from_noise else latent,
                 callback=report,
                 unit_variance_start=recipe.unit_variance_start,
             )
+        if not x0.isfinite().all():
+            raise ValueError(
+                "model: its prediction holds NaN or infinity, which is a black picture: the weights of the model or of "
+                "a LoRA are damaged, or their type is too small for them (try weight_dtype 'default', or start ComfyUI "
+                "with --force-fp32)."
+            )
+        return x0
 
     return FewStepSampler(sample_sid)
 
@@ -238,6 +258,7 @@ class SiDFewStepSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -280,6 +301,7 @@ class SiDScheduler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, recipe: SiDRecipe, steps: int, denoise: float) -> io.NodeOutput:
         sigmas, messages = make_sigmas(model, recipe, steps, denoise)
         if denoise < 1 and len(sigmas) - 1 == len(recipe.timesteps_for(steps or None)):
@@ -315,5 +337,6 @@ class SiDSamplerSelect(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, recipe: SiDRecipe, noise_mode: str, start: str) -> io.NodeOutput:
         return io.NodeOutput(make_sampler(recipe, noise_mode, start))

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..files.header import read_safetensors_metadata
+from ..files.reading import shown
 from .noise_schedule import PREDICTION_TYPES, VPSchedule
 from .sampling import NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, check_timesteps, timestep_ladder
@@ -30,7 +31,10 @@ SAMPLING_GUIDANCES: tuple[str, ...] = get_args(SamplingGuidance)
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 SAI_MODEL_SPEC = "1.0.0"
 LORA_SUFFIX = "/lora"
+OTHER_IMPLEMENTATION = "sid_train"  # modelspec.implementation of what is not SDXL
 FLOW = "flow"
+SHOWN = 600  # characters of a problem
+MAX_FACTS = 100  # of training, that are described
 # What generic tools call the prediction types that they know.
 PREDICT_KEYS = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -167,7 +171,7 @@ class SiDRecipe:
             "sid.sampling.cfg": repr(float(self.sampling_cfg)),
             "modelspec.sai_model_spec": SAI_MODEL_SPEC,
             "modelspec.architecture": self.architecture,
-            "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else "sid_train",
+            "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else OTHER_IMPLEMENTATION,
             "modelspec.title": self.title or self.default_title,
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.license": self.licence,
@@ -178,7 +182,10 @@ class SiDRecipe:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str | Path) -> SiDRecipe:
-        """Reads what ``to_metadata`` wrote. ``source`` names the file in errors (RecipeError)."""
+        """Reads what ``to_metadata`` wrote. ``source`` names the file in errors (RecipeError).
+
+        ``sid.*`` says all that sampling needs: model managers drop ``modelspec.*``, or write words of their own there.
+        """
         reader = _Reader(metadata or {}, str(source))
         version = reader.number("sid.format_version", int)
         if version < 1:
@@ -196,7 +203,7 @@ class SiDRecipe:
             raise reader.error("sid.training_resolution", f"expected HEIGHTxWIDTH, got {resolution}")
         facts: dict[str, Any] = {
             "base_model": reader.text("sid.base_model"),
-            "architecture": reader.text("modelspec.architecture"),
+            "architecture": _architecture(reader),
             "prediction_type": reader.text("sid.prediction_type"),
             "zero_terminal_snr": reader.boolean("sid.zero_terminal_snr"),
             "timesteps": timesteps,
@@ -207,7 +214,7 @@ class SiDRecipe:
             "training_resolution": (resolution[0], resolution[1]),
             "base_model_hash": reader.text("sid.base_model_hash"),
             "licence": reader.text("sid.licence"),
-            "title": reader.text("modelspec.title"),
+            "title": reader.text("modelspec.title", ""),
             "unconditional": reader.text("sid.unconditional"),
             "guidance": TrainingGuidance(
                 strategy=reader.text("sid.guidance.strategy"),
@@ -222,11 +229,14 @@ class SiDRecipe:
         try:
             recipe = cls(**facts)
         except RecipeError as error:
-            raise RecipeError(f"{source}: {error}") from None
+            raise RecipeError(f"{source}: {shown(error, SHOWN)}") from None
         return replace(recipe, title="") if recipe.title == recipe.default_title else recipe
 
     def describe(self) -> str:
-        """The recipe for people: a line a fact, what matters for sampling first."""
+        """The recipe for people: a line a fact, what matters for sampling first. What strangers wrote is escaped and
+        cut to a length that a line can have.
+        """
+        facts = sorted(self.training_summary.items())
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
@@ -245,10 +255,11 @@ class SiDRecipe:
             ("training resolution", "x".join(map(str, self.training_resolution))),
             ("unconditional", self.unconditional),
             ("licence", self.licence or "not stated"),
-            *((f"training: {k}", v) for k, v in sorted(self.training_summary.items())),
+            *((f"training: {shown(key, 60)}", value) for key, value in facts[:MAX_FACTS]),
+            *([("training", f"{len(facts) - MAX_FACTS:,} more facts")] if len(facts) > MAX_FACTS else []),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return "\n".join(f"{name:<{width}}  {shown(value)}" for name, value in rows)
 
     def _sigmas(self) -> str:
         sigmas = VPSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
@@ -293,6 +304,16 @@ PRESETS: dict[str, SiDRecipe] = {
 }
 
 
+def _architecture(reader: _Reader) -> str:
+    """What ``modelspec.architecture`` says of a family that is not SDXL. Of SDXL, for which every tool has another
+    word, only whether the file is a LoRA.
+    """
+    text = reader.text("modelspec.architecture", "")
+    if text and reader.text("modelspec.implementation", "") == OTHER_IMPLEMENTATION:
+        return text
+    return SDXL_ARCHITECTURE + LORA_SUFFIX * split_architecture(text)[1]
+
+
 def _from_bool(value: bool) -> str:
     return "true" if value else "false"
 
@@ -304,7 +325,7 @@ class _Reader:
         self.metadata, self.source = metadata, source
 
     def error(self, key: str, problem: str) -> RecipeError:
-        return RecipeError(f"{self.source}: {key}: {problem}")
+        return RecipeError(f"{self.source}: {key}: {shown(problem, SHOWN)}")
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.metadata.get(key, default)
@@ -339,7 +360,7 @@ class _Reader:
         text = self.text(key)
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             raise self.error(key, f"expected a JSON object of strings, got {text!r}")

@@ -53,12 +53,12 @@ def seeded_noise(first_noise: Tensor, seed: int) -> Callable[[int], Tensor]:
     """Fresh noise for step k from a CPU generator for each image, seeded with SHA-256 of the seed, the step and the
     image's first noise: image i of a batch equals image i alone, on every device.
 
-    All-zero first noise (ComfyUI's DisableNoise) stays zero.
+    Where the first noise is zero (ComfyUI's DisableNoise: the latent arrives noised) the image's place in the batch
+    tells it from the others.
     """
-    if not first_noise.any():
-        return lambda k: first_noise
     digests = [
-        hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in first_noise.detach().cpu().float()
+        hashlib.sha256(image.contiguous().numpy().tobytes() + (b"" if image.any() else b"%d" % place)).digest()
+        for place, image in enumerate(first_noise.detach().cpu().float())
     ]
 
     def draw(k: int) -> Tensor:
@@ -75,13 +75,14 @@ def seeded_noise(first_noise: Tensor, seed: int) -> Callable[[int], Tensor]:
 def noise_sampler(mode: NoiseMode, first_noise: Tensor, draw: Callable[[int], Tensor]) -> NextNoise:
     """The noise of the steps after the first.
 
-    ``fresh`` takes ``draw(k)`` (``seeded_noise`` for reproducible pictures), ``fixed`` repeats the first noise, and
-    ``ddim`` takes the noise that the last step implies.
+    ``fresh`` takes ``draw(k)`` (``seeded_noise`` for reproducible pictures), ``fixed`` repeats the first noise, or
+    ``draw(0)`` where that is all zero, and ``ddim`` takes the noise that the last step implies.
     """
     if mode == "fresh":
         return lambda k, x, sigma, x0: draw(k)
     if mode == "fixed":
-        return lambda k, x, sigma, x0: first_noise
+        repeated = first_noise if first_noise.any() else draw(0)
+        return lambda k, x, sigma, x0: repeated
     if mode == "ddim":
         return lambda k, x, sigma, x0: x0_to_epsilon(x0, x, sigma)
     raise ValueError(f"noise mode: expected one of {', '.join(NOISE_MODES)}, got {mode!r}")

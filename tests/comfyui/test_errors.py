@@ -76,7 +76,7 @@ class Kit:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-@message(r"file.safetensors: expected a safetensors file, but its header cannot be read")
+@message(r"file.safetensors: expected a safetensors file, but it cannot be read")
 def file_that_is_not_safetensors(kit: Kit):
     kit.put("diffusion_models", "file.safetensors", {"a": torch.zeros(1)})
     (kit.folder / "diffusion_models" / "file.safetensors").write_bytes(b"not safetensors")
@@ -148,6 +148,101 @@ def recipe_of_another_noise_schedule(kit: Kit):
     kit.load_unet(says=replace(kit.recipe, zero_terminal_snr=True))
 
 
+@message(
+    r"file.safetensors: expected all \d+ tensors of this UNet, but 2 are missing; the first is out.2.bias. Copy or"
+)
+def unet_with_missing_tensors(kit: Kit):
+    kit.load_unet({k: v for k, v in kit.tensors.items() if not k.startswith("out.2")}, kit.recipe)
+
+
+@message(
+    r"file.safetensors: expected an SDXL UNet, but a tensor is missing: 'input_blocks.3.1.transformer_blocks.0.attn2"
+)
+def unet_that_comfyui_cannot_make_out(kit: Kit):
+    part = "input_blocks.3.1.transformer_blocks.0.attn2"
+    kit.load_unet({k: v for k, v in kit.tensors.items() if not k.startswith(part)}, kit.recipe)
+
+
+@message(r"file.safetensors: expected all \d+ tensors of this UNet, but 2 are missing; the first is out.2.bias")
+def checkpoint_with_missing_tensors(kit: Kit):
+    whole = {f"model.diffusion_model.{k}": v for k, v in kit.tensors.items() if not k.startswith("out.2")}
+    name = kit.put("checkpoints", "file.safetensors", whole, kit.recipe.to_metadata())
+    run(kit.nodes["SiDCheckpointLoader"], ckpt_name=name)
+
+
+@message(
+    r"file.safetensors: 1 of its tensors hold NaN or infinity, which makes black pictures; the first is out.2.weight"
+)
+def unet_of_nan(kit: Kit):
+    kit.load_unet(kit.tensors | {"out.2.weight": torch.full_like(kit.tensors["out.2.weight"], torch.nan)}, kit.recipe)
+
+
+NOT_FOR_IT = r". Few-step presets are not for it: sample it with ComfyUI's own nodes"
+EDM = {"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}
+
+
+@message(r"file.safetensors: expected .* got an EDM model \(Playground 2.5, for instance\): .* EDM" + NOT_FOR_IT)
+def playground(kit: Kit):
+    kit.load_unet(kit.tensors | EDM, recipe=PRESET)
+
+
+@message(r"file.safetensors: expected .* got an EDM model with v-prediction \(CosXL, for instance\): .*" + NOT_FOR_IT)
+def cosxl(kit: Kit):
+    sigmas = {f"edm_vpred.sigma_{end}": torch.tensor(value) for end, value in (("max", 120.0), ("min", 0.002))}
+    kit.load_unet(kit.tensors | sigmas, recipe=PRESET)
+
+
+@message(r"says that it is a flow-matching model \(modelspec.prediction_type is 'flow_matching'\)" + NOT_FOR_IT)
+def flow_matching_file(kit: Kit):
+    name = kit.put("diffusion_models", "file.safetensors", kit.tensors, {"modelspec.prediction_type": "flow_matching"})
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name=name, recipe=PRESET)
+
+
+def load_foreign_lora(kit: Kit, metadata: dict, model=None):
+    name = kit.put("loras", "lora.safetensors", kit.lora, metadata)
+    run(kit.nodes["SiDLoRALoader"], model=model or kit.model, lora_name=name, recipe=PRESET)
+
+
+@message(
+    r"lora.safetensors: its header says that the LoRA was made for v_prediction \(ss_v_parameterization is 'True'\)"
+)
+def foreign_lora_for_v_prediction(kit: Kit):
+    load_foreign_lora(kit, {"ss_v_parameterization": "True"})
+
+
+@message(
+    r"the LoRA was made for epsilon \(modelspec.predict_key is 'epsilon'\), but the model predicts v_prediction. Load"
+)
+def foreign_lora_for_epsilon(kit: Kit):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    load_foreign_lora(
+        kit, {"modelspec.predict_key": "epsilon"}, ModelSamplingDiscrete().patch(kit.model, "v_prediction", False)[0]
+    )
+
+
+@message(
+    r"lora.safetensors: expected a LoRA for SDXL's UNet, but it has nothing for it: all 2 of its tensors are for text"
+)
+def lora_for_text_encoders_alone(kit: Kit):
+    kit.load_lora({f"lora_te1_text_model_encoder.lora_{way}.weight": torch.ones(4, 4) for way in ("up", "down")})
+
+
+@message(r"lora.safetensors: 56 of its tensors hold NaN or infinity, .* the first is lora_unet.*lora_up.weight")
+def lora_of_nan(kit: Kit):
+    kit.load_lora({k: v * torch.nan if k.endswith("lora_up.weight") else v for k, v in kit.lora.items()})
+
+
+def conv_in_lora(channels: int) -> dict:
+    down = {"lora_unet_conv_in.lora_down.weight": torch.ones(4, channels, 3, 3)}
+    return down | {"lora_unet_conv_in.lora_up.weight": torch.ones(320, 4, 1, 1)}
+
+
+@message(r"its weight for conv_in is for a UNet of 9 input channels, and this model has 4 .* Set 'allow_partial'")
+def lora_for_the_inpainting_unet(kit: Kit):
+    kit.load_lora(kit.lora | conv_in_lora(9))
+
+
 @message(r"none of its \d+ tensors match; the first is 'base_model.model.*convert peft or diffusers files first")
 def lora_with_names_that_comfyui_does_not_read(kit: Kit):
     kit.load_lora({k.replace("lora_unet_", "base_model.model."): v for k, v in kit.lora.items()})
@@ -195,12 +290,15 @@ def patched(kit: Kit, kind: str):
     )
 
 
-@message(r"expected SDXL's 1,000 discrete timesteps .* got ModelSamplingDiscreteFlow \+ CONST.*remove ModelSampling")
+@message(
+    r"expected SDXL's 1,000 discrete timesteps .* got a flow-matching model: ModelSamplingDiscreteFlow \+ CONST.*"
+    r"remove ModelSampling"
+)
 def flow_matching_model(kit: Kit):
     kit.sample(model=patched(kit, "flow"))
 
 
-@message(r"expected SDXL's 1,000 discrete timesteps .* got ModelSamplingDiscreteFlow \+ CONST")
+@message(r"expected SDXL's 1,000 discrete timesteps .* got a flow-matching model: ModelSamplingDiscreteFlow \+ CONST")
 def flow_matching_model_in_a_custom_sampler(kit: Kit):
     kit.sample_custom(patched(kit, "flow"), [1.0, 0.0])
 
@@ -283,6 +381,25 @@ def nag_on_a_model_with_replaced_attention(kit: Kit):
     kit.sample(model=replaced, guidance="nag", negative=conditioning(2))
 
 
+@message(r"sigmas: expected noise levels that fall to 0, got 3 numbers: 1, 2, 0. Connect SiD Scheduler")
+def rising_sigmas(kit: Kit):
+    kit.sample_custom(kit.model, [1.0, 2.0, 0.0])
+
+
+@message(r"sigmas: expected noise levels that fall to 0, got 3 numbers: 2, nan, 0")
+def sigmas_of_nan(kit: Kit):
+    kit.sample_custom(kit.model, [2.0, torch.nan, 0.0])
+
+
+@message(
+    r"model: its prediction holds NaN or infinity, which is a black picture: the weights of the model or of a LoRA"
+)
+def model_that_predicts_nan(kit: Kit):
+    broken = kit.model.clone()
+    broken.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]) / 0)
+    kit.sample(model=broken)
+
+
 @message(r"sigmas: expected to end in 0, got 1. .* use 'denoise' of SiD Scheduler")
 def split_sigmas(kit: Kit):
     kit.sample_custom(kit.model, [2.0, 1.0])
@@ -311,12 +428,12 @@ def unknown_noise_mode(kit: Kit):
     kit.sample(noise_mode="x")
 
 
-@message(r"steps: expected 1 to 8, got 9")
+@message(r"steps: expected an integer from 0 to 8, got 9")
 def too_many_steps(kit: Kit):
     kit.sample(steps=9)
 
 
-@message(r"denoise: expected more than 0 and at most 1, got 0")
+@message(r"denoise: expected a number from 0.01 to 1.0, got 0.0")
 def no_denoising(kit: Kit):
     kit.sample(denoise=0.0)
 
@@ -433,7 +550,7 @@ def training_under_a_name_that_is_a_path(kit: Kit):
     kit.write_recipe(name="../x")
 
 
-@message(r"steps: expected 1 to 8, got 9")
+@message(r"steps: expected an integer from 1 to 8, got 9")
 def training_for_too_many_steps(kit: Kit):
     kit.write_recipe(steps=9)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from helpers import conditioning, empty_latent, run, text_of
+from test_errors import conv_in_lora
 
 
 class TestDiffusionModel:
@@ -53,6 +55,66 @@ class TestDiffusionModel:
         v_pred, ztsnr = {"v_pred": torch.zeros(0)}, {"ztsnr": torch.zeros(0)}
         right = put("diffusion_models", "right.safetensors", tensors | v_pred | ztsnr, recipe.to_metadata())
         assert run(nodes["SiDDiffusionModelLoader"], unet_name=right)[1] == recipe
+
+
+def test_recipe_whose_other_metadata_was_rewritten(nodes, put, tensors, recipes):
+    metadata = {k: v for k, v in recipes.SiDRecipe().to_metadata().items() if k.startswith("sid.")}
+    for more in ({}, {"modelspec.architecture": "Pony", "modelspec.title": ""}):
+        name = put("diffusion_models", "managed.safetensors", tensors, metadata | more)
+        assert run(nodes["SiDDiffusionModelLoader"], unet_name=name)[1] == recipes.SiDRecipe()
+
+
+@pytest.mark.parametrize(
+    "said", [("modelspec.predict_key", "v"), ("modelspec.prediction_type", "v"), ("ss_v_parameterization", "True")]
+)
+def test_file_that_only_says_that_it_is_v_prediction(nodes, put, tensors, recipes, caplog, said):
+    """ComfyUI takes it for eps; with the cure that the message names it is sampled as it says."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    name = put("diffusion_models", "v.safetensors", tensors, dict([said]))
+    model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="LCM (4 steps)")
+    assert (
+        f"its header says v_prediction ({said[0]} is {said[1]!r}), but ComfyUI loaded the model as epsilon"
+        in text_of(caplog)
+    )
+    (cured,) = ModelSamplingDiscrete().patch(model, "v_prediction", False)
+    (recipe,) = run(nodes["SiDRecipeOverride"], preset="LCM (4 steps)", model=cured)
+    assert recipe.prediction_type == "v_prediction"
+    assert len(run(nodes["SiDScheduler"], model=cured, recipe=recipe)[0]) == 5
+
+
+def test_header_that_agrees_says_nothing(nodes, put, tensors, caplog):
+    for said in ({"modelspec.predict_key": "epsilon"}, {"ss_v_parameterization": "False"}, {"other": "v"}):
+        name = put("diffusion_models", "eps.safetensors", tensors, said)
+        run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="LCM (4 steps)")
+    assert text_of(caplog) == ""
+
+
+def test_tensors_that_are_not_used_are_counted(nodes, put, tensors, recipes, caplog):
+    more = {f"elsewhere.{i}.weight": torch.zeros(1) for i in (1, 2)}
+    name = put("diffusion_models", "more.safetensors", tensors | more, recipes.SiDRecipe().to_metadata())
+    run(nodes["SiDDiffusionModelLoader"], unet_name=name)
+    told = "2 tensors of the file belong to no part of this UNet and are not used; the first is elsewhere.1.weight"
+    assert told in text_of(caplog)
+
+
+def test_names_that_comfyui_reads_are_not_called_missing(nodes, put, tensors, recipes, caplog):
+    """With a checkpoint's prefix, and after conversion to diffusers' names as far as they go."""
+    whole = {f"model.diffusion_model.{k}": v for k, v in tensors.items()}
+    name = put("diffusion_models", "prefixed.safetensors", whole, recipes.SiDRecipe().to_metadata())
+    run(nodes["SiDDiffusionModelLoader"], unet_name=name)
+    assert text_of(caplog) == ""
+
+
+def test_lora_for_other_input_channels_is_applied_without_them(nodes, put, tensors, lora, recipes, caplog):
+    first = tensors["input_blocks.0.0.weight"]
+    inpainting = tensors | {"input_blocks.0.0.weight": torch.cat([first, first[:, :1].repeat(1, 5, 1, 1)], dim=1)}
+    unet = put("diffusion_models", "inpainting.safetensors", inpainting)
+    model, _ = run(nodes["SiDDiffusionModelLoader"], unet_name=unet, recipe="LCM (4 steps)")
+    name = put("loras", "lora.safetensors", lora | conv_in_lora(4))
+    patched, _ = run(nodes["SiDLoRALoader"], model=model, lora_name=name, recipe="LCM (4 steps)", allow_partial=True)
+    assert len(patched.patches) == len(lora) // 3
+    assert "its weight for conv_in is for a UNet of 4 input channels, and this model has 9" in text_of(caplog)
 
 
 def test_checkpoint_without_text_encoders_says_so(nodes, put, tensors, recipes, caplog):

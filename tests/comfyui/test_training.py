@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shlex
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def write(nodes, put, folders, tmp_path, monkeypatch):
 
     def recipe(**changes):
         (command,) = run(nodes["SiDTrainingRecipe"], **{"teacher": teacher, "prompts": "a cat"} | changes)
-        return command, load_config(str(tmp_path / "put out" / "sid_train" / "my-sid.toml"))
+        return command, load_config(shlex.split(command)[shlex.split(command).index("--config") + 1])
 
     return recipe
 
@@ -110,3 +112,36 @@ def test_command_is_quoted_as_the_terminal_reads_it(pack, write, tmp_path):
     assert command == f"python -m sid_train distill --config {quoted(path)} --out runs/my-sid"
     assert quoted(path, windows=False) == f"'{path}'"
     assert quoted(path, windows=True) == f'"{path}"'
+
+
+def test_another_content_is_another_file(write, tmp_path):
+    """A run may be using the files: they are never written over."""
+    folder = tmp_path / "put out" / "sid_train"
+    first, config = write(prompts="a cat")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"my-sid.toml", "my-sid.prompts.txt"}
+    assert write(prompts="a cat")[0] == first
+    changed, other = write(prompts="a dog")
+    assert changed != first
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert Path(other.data.prompts).read_text() == "a dog\n"
+    assert config.data.prompts != other.data.prompts
+    name = Path(shlex.split(changed)[-1]).name
+    assert name.startswith("my-sid-")
+    assert (folder / f"{name}.toml").exists()
+    assert write(prompts="a dog")[0] == changed
+    assert len(list(folder.iterdir())) == 4
+    assert write(prompts="a dog", steps=2)[1].data.prompts == other.data.prompts
+
+
+def test_separators_other_than_newlines_do_not_split_a_prompt(write):
+    _, config = write(prompts="a cat\u2028on a mat\r\na dog\x0bin a bog")
+    assert Path(config.data.prompts).read_text("utf-8") == "a cat\u2028on a mat\na dog\x0bin a bog\n"
+
+
+@pytest.mark.parametrize("prompt", ["/" * 100_000 + " a", "a " + "\\" * 100_000, "a/" * 100_000, "{0..1}" * 20_000])
+def test_long_prompts_are_read_at_once(write, prompt):
+    begin = time.process_time()
+    _, config = write(prompts=prompt if prompt[0] != "/" else f"a {prompt}")
+    assert time.process_time() - begin < 5
+    assert Path(config.data.prompts).read_text() == (prompt if prompt[0] != "/" else f"a {prompt}") + "\n"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from sid_train.core.recipe import (
     FORMAT_VERSION,
     PRESETS,
+    SDXL_ARCHITECTURE,
     RecipeError,
     SiDRecipe,
     TrainingGuidance,
@@ -83,7 +84,7 @@ def test_metadata_tells_other_tools_what_the_file_is():
 
 
 OPTIONAL = {"sid.sampling.guidance", "sid.sampling.cfg"}
-READ = {k for k in SiDRecipe().to_metadata() if k.startswith("sid.")} | {"modelspec.architecture", "modelspec.title"}
+READ = {k for k in SiDRecipe().to_metadata() if k.startswith("sid.")}
 
 
 @pytest.mark.parametrize("key", sorted(READ - OPTIONAL))
@@ -94,6 +95,39 @@ def test_missing_key_is_named(key, write):
     with pytest.raises(RecipeError) as error:
         read_recipe(path)
     assert str(error.value).startswith(f"{path}: {key}: expected in the file's metadata, but it is missing")
+
+
+@pytest.mark.parametrize("architecture", [None, "SDXL 1.0", "Pony", "sdxl/lora"])
+def test_sid_keys_are_enough(architecture, write):
+    """Model managers drop or rewrite modelspec.*."""
+    metadata = {k: v for k, v in SiDRecipe().to_metadata().items() if k.startswith("sid.")}
+    if architecture is not None:
+        metadata |= {"modelspec.architecture": architecture, "modelspec.title": "mine"}
+    recipe = read_recipe(write(metadata))
+    assert recipe.architecture == SDXL_ARCHITECTURE + ("/lora" if architecture == "sdxl/lora" else "")
+    assert replace(recipe, architecture=SDXL_ARCHITECTURE, title="") == SiDRecipe()
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J\u202e\n" + "A" * 2_000_000
+
+
+def test_what_strangers_wrote_is_escaped_and_cut():
+    facts = {f"{i} {HOSTILE}": HOSTILE for i in range(300)}
+    recipe = replace(SiDRecipe(), title=HOSTILE, base_model=HOSTILE, licence=HOSTILE, training_summary=facts)
+    text = recipe.describe()
+    assert len(text) < 100_000
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "200 more facts" in text
+    assert "\\x1b[2J" in text
+
+
+@pytest.mark.parametrize("key", ["sid.timesteps", "sid.t_init", "sid.noise_mode", "sid.training_summary"])
+def test_errors_about_what_strangers_wrote_are_one_short_line(key):
+    deep = "[" * 1_000_000 if key == "sid.training_summary" else HOSTILE
+    with pytest.raises(RecipeError, match=key) as error:
+        SiDRecipe.from_metadata(SiDRecipe().to_metadata() | {key: deep}, "file")
+    assert len(str(error.value)) < 1000
+    assert str(error.value).isprintable()
 
 
 def test_missing_sampling_fields_mean_no_guidance(write):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -221,16 +223,20 @@ def test_fresh_noise_differs_by_seed_step_and_image_and_is_normal():
 
 
 @pytest.mark.parametrize("mode", NOISE_MODES)
-def test_no_first_noise_means_no_noise_later(mode):
-    image = initial_noise((2, *LATENT_SHAPE), 3)
+def test_without_first_noise_the_later_steps_have_some(mode):
+    """The latent arrives noised, as it does after ComfyUI's DisableNoise."""
+    image = initial_noise((1, *LATENT_SHAPE), 3).expand(2, -1, -1, -1)
     seen = []
-    sample(torch.zeros_like(image), mode, x0=image, callback=lambda k, x, sigma, x0: seen.append((x, x0)))
-    start = image
-    for x, x0 in seen:
-        if mode != "ddim":  # which takes the denoiser's own change for noise
-            assert torch.equal(x, start)
-        start = x0
+    sample(torch.zeros_like(image), mode, x0=image, callback=lambda k, x, sigma, x0: seen.append((x, sigma, x0)))
     assert torch.equal(seen[0][0], image)
+    for (_, _, x0), (x, sigma, _) in pairwise(seen):
+        noise = (x - x0) / sigma.view(-1, 1, 1, 1)
+        assert noise.std() > 0.1
+        if mode == "fixed":
+            torch.testing.assert_close(noise, (seen[1][0] - seen[0][2]) / seen[1][1].view(-1, 1, 1, 1))
+        if mode != "ddim":
+            assert abs(noise.std() - 1) < 0.1
+            assert (noise[0] - noise[1]).abs().max() > 0.1  # no two images of a batch get the same
 
 
 def test_image_to_image_starts_from_the_image(schedule):

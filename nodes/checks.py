@@ -1,0 +1,195 @@
+"""One check for each type of input, before a node looks at it: a wrong value is one line that names the input.
+
+ComfyUI checks widgets of its own accord, but takes NaN for a number in any range, and hands on what comes through a
+link as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sid_train.core.recipe import SiDRecipe
+from ..sid_train.files.reading import shown
+from ..sid_train.method.guidance import GuidanceStrategy
+
+# What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
+TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
+MAX_BATCH_INDEX = 1 << 16  # ComfyUI draws the noise of all images before the one that is asked for
+MAX_ERROR = 2000  # characters
+
+
+def checked(execute: Callable) -> Callable:
+    """Around ``execute`` of a node, inside its classmethod: checks all inputs by the types in the node's schema.
+
+    What ``execute`` itself says is wrong leaves as one line that can be printed, too: it quotes files and workflows.
+    """
+
+    @functools.wraps(execute)
+    def check_and_execute(node: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
+        try:
+            for declared in node.define_schema().inputs:
+                value = values.get(declared.id)
+                if declared.id in values and not (value is None and declared.optional):
+                    CHECKS[str(declared.get_io_type())](declared.id, value, declared)
+            return execute(node, **values)
+        except (ValueError, OSError) as error:
+            if (text := shown(error, MAX_ERROR)) == str(error):
+                raise
+            raise ValueError(text) from None
+
+    return check_and_execute
+
+
+def _wrong(name: str, expected: str, value: object, what_to_do: str = "") -> ValueError:
+    if isinstance(value, Tensor):
+        shape, kind = "x".join(map(str, value.shape)) or "one number", str(value.dtype).removeprefix("torch.")
+        got = f"a tensor of {shape} ({kind})"
+    elif isinstance(value, str):
+        got = repr(shown(value, 100))
+    elif isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write the longest
+        got = f"one of {value.bit_length():,} bits"
+    elif isinstance(value, bool | int | float):
+        got = str(value)
+    else:
+        got = "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return ValueError(f"{name}: expected {expected}, got {got}{'. ' if what_to_do else ''}{what_to_do}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
+
+
+# -- widgets -----------------------------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: Any, declared: Any) -> None:
+    is_integer = declared.get_io_type() == "INT"
+    fits = isinstance(value, numbers.Integral if is_integer else numbers.Real) and not isinstance(value, bool)
+    if not fits or not declared.min <= value <= declared.max:  # NaN is in no range
+        kind = "an integer" if is_integer else "a number"
+        raise _wrong(name, f"{kind} from {declared.min} to {declared.max}", value)
+
+
+def check_boolean(name: str, value: Any, declared: Any) -> None:
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+
+
+def check_text(name: str, value: Any, declared: Any) -> None:
+    if not isinstance(value, str):
+        raise _wrong(name, "text", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        place = error.start + 1
+        raise ValueError(f"{name}: character {place:,} is half of one (a lone surrogate): type it again") from None
+
+
+def check_combo(name: str, value: Any, declared: Any) -> None:
+    """Lists of files have no default, and change: ComfyUI says where there is no such file."""
+    check_text(name, value, declared)
+    if declared.default is not None and value not in declared.options:  # ComfyUI 0.3.64 lets any text through
+        raise _wrong(name, f"one of {', '.join(declared.options)}", value)
+
+
+# -- sockets -----------------------------------------------------------------------------------------------------
+
+
+def check_recipe(name: str, value: Any, declared: Any) -> None:
+    if not isinstance(value, SiDRecipe):
+        raise _wrong(name, "a recipe", value, "Connect 'recipe' of a SiD loader or of SiD Recipe Override.")
+
+
+def check_strategy(name: str, value: Any, declared: Any) -> None:
+    if not isinstance(value, str):
+        raise _wrong(name, "a strategy", value, "Connect SiD Distillation Guidance.")
+    try:
+        GuidanceStrategy.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}. Connect SiD Distillation Guidance.") from None
+
+
+def check_model_patcher(name: str, value: Any, declared: Any) -> None:
+    wanted = ("model", "model_options", "clone", "get_model_object", "add_wrapper_with_key")
+    if not all(hasattr(value, attribute) for attribute in wanted):
+        raise _wrong(name, "a MODEL", value, "Connect 'MODEL' of a SiD loader.")
+
+
+def check_conditioning(name: str, value: Any, declared: Any) -> None:
+    """ValueError unless CONDITIONING was made by SDXL's two text encoders."""
+    cure = "Connect CLIP Text Encode to the CLIP of an SDXL checkpoint."
+    if not isinstance(value, list | tuple) or not value:
+        what = "an empty list" if isinstance(value, list | tuple) else value
+        raise _wrong(name, "CONDITIONING", what, cure)
+    for entry in value:
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], Mapping):
+            raise _wrong(name, "CONDITIONING whose parts are a tensor and a dictionary", entry, cure)
+        text, pooled = entry[0], entry[1].get("pooled_output")
+        for what, tensor, axes in (("a tensor of tokens", text, 3), ("a pooled tensor", pooled, 2)):
+            if tensor is None and axes == 2:
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim != axes:
+                raise _wrong(name, f"CONDITIONING with {what} of {axes} axes", tensor, cure)
+            if tensor.numel() == 0:
+                raise _wrong(name, f"CONDITIONING with {what} that is not empty", tensor, cure)
+        widths = text.shape[-1], None if pooled is None else pooled.shape[-1]
+        if widths != (TEXT_WIDTH, POOLED_WIDTH):
+            raise ValueError(
+                f"{name}: expected a prompt encoded by SDXL's text encoders ({TEXT_WIDTH} wide, pooled "
+                f"{POOLED_WIDTH}), got {widths[0]} wide, pooled {widths[1] or 'missing'}. {cure}"
+            )
+        if not _is_finite(text) or not _is_finite(pooled):
+            raise ValueError(
+                f"{name}: the encoded prompt holds NaN or infinity: the text encoders' weights are damaged, or a node "
+                "between them and this one made it. Load another CLIP."
+            )
+
+
+def check_latent(name: str, value: Any, declared: Any) -> None:
+    """Its channels are checked where the model is known."""
+    cure = "Use Empty Latent Image, or VAE Encode with SDXL's VAE."
+    samples = value.get("samples") if isinstance(value, Mapping) else None
+    if samples is None:
+        raise _wrong(name, "a LATENT", value, cure)
+    if getattr(samples, "is_nested", False):
+        raise ValueError(f"{name}: expected an SDXL latent, got several latents. {cure}")
+    expected = "an SDXL latent (batch x 4 channels x height x width)"
+    if not isinstance(samples, Tensor) or not samples.is_floating_point() or samples.numel() == 0 or samples.ndim < 4:
+        raise _wrong(name, expected, samples, cure)
+    if not _is_finite(samples):
+        raise ValueError(f"{name}: the latent holds NaN or infinity: the node that made it has a damaged model or VAE.")
+    mask = value.get("noise_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.is_complex() or mask.numel() == 0 or not 2 <= mask.ndim <= 4:
+            raise _wrong(name, "a noise_mask of height x width", mask, "Use Set Latent Noise Mask.")
+        if not _is_finite(mask):
+            raise ValueError(f"{name}: its noise_mask holds NaN or infinity. Use Set Latent Noise Mask.")
+    places = value.get("batch_index")
+    if places is not None:
+        expected = f"batch_index with {len(samples)} places from 0 to {MAX_BATCH_INDEX - 1}"
+        if not isinstance(places, list | tuple) or len(places) != len(samples):
+            raise _wrong(name, expected, places, "Use Latent From Batch.")
+        for place in places:
+            if not isinstance(place, numbers.Integral) or not 0 <= place < MAX_BATCH_INDEX:
+                raise _wrong(name, expected, place, "Use Latent From Batch.")
+
+
+CHECKS: dict[str, Callable[[str, Any, Any], None]] = {
+    "INT": check_number,
+    "FLOAT": check_number,
+    "BOOLEAN": check_boolean,
+    "STRING": check_text,
+    "COMBO": check_combo,
+    "MODEL": check_model_patcher,
+    "CONDITIONING": check_conditioning,
+    "LATENT": check_latent,
+    "SID_RECIPE": check_recipe,
+    "SID_STRATEGY": check_strategy,
+}
+"""By the type of input: (its name, the value, what the schema says of it) -> ValueError where it is wrong."""

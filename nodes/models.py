@@ -1,0 +1,81 @@
+"""Checks of a MODEL against what SDXL is, and against a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import comfy.model_base
+import comfy.model_sampling
+
+from ..sid_train.core.recipe import SiDRecipe
+
+# What ComfyUI calls other samplings of SDXL-class networks, and what they are.
+PARAMETRISATIONS = {
+    "EDM": "an EDM model (Playground 2.5, for instance)",
+    "V_PREDICTION on ModelSamplingContinuousEDM": "an EDM model with v-prediction (CosXL, for instance)",
+    "CONST": "a flow-matching model",
+}
+
+
+def check_sdxl(network, sampling, source: str, is_file: bool = False) -> str:
+    """``epsilon`` or ``v_prediction``; ValueError for a model that is not SDXL or not sampled as SDXL is.
+
+    network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is;
+    is_file: ``source`` is the model's own file, with no node in between
+    """
+    if not isinstance(network, comfy.model_base.SDXL):
+        found = type(network).__name__
+        found = "one of SD 1.x's or 2.x's class" if found == "BaseModel" else found
+        raise ValueError(
+            f"{source}: expected an SDXL model, got {found}. SiD's loaders and ComfyUI's Load Checkpoint give one from "
+            "an SDXL file."
+        )
+    bases = type(sampling).__bases__
+    if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
+        if comfy.model_sampling.EPS in bases:
+            return "epsilon"
+        if comfy.model_sampling.V_PREDICTION in bases:
+            return "v_prediction"
+    names = [base.__name__ for base in bases]
+    kind = PARAMETRISATIONS.get(f"{names[-1]} on {names[0]}") or PARAMETRISATIONS.get(names[-1])
+    cure = (
+        "Few-step presets are not for it: sample it with ComfyUI's own nodes."
+        if is_file
+        else "SiD generators are sampled on their own timesteps: remove ModelSampling... nodes from between loader and "
+        "sampler. Where there are none, the model's file is of this kind, and few-step presets are not for it."
+    )
+    raise ValueError(
+        f"{source}: expected SDXL's 1,000 discrete timesteps with eps- or v-prediction, got "
+        f"{f'{kind}: ' if kind else ''}{' + '.join(names)}. {cure}"
+    )
+
+
+def has_zero_terminal_snr(sampling) -> bool:
+    """Whether the highest noise level is that of a zero-terminal-SNR schedule (SDXL's own ends at 14.6)."""
+    return float(sampling.sigma_max) > 100
+
+
+def fit_preset(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> SiDRecipe:
+    """A preset with MODEL's prediction type and noise schedule (see ``check_sdxl``)."""
+    sampling = model.get_model_object("model_sampling")
+    predicts = check_sdxl(model.model, sampling, source, is_file)
+    return dataclasses.replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+
+
+def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> None:
+    """ValueError unless MODEL is SDXL and as ``recipe`` says (see ``check_sdxl``)."""
+    sampling = model.get_model_object("model_sampling")
+    predicts = check_sdxl(model.model, sampling, source, is_file)
+    if recipe.prediction_type != predicts:
+        raise ValueError(
+            f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
+            f"{predicts}. Recipe and model belong together: choose the other one. A preset takes the model's: connect "
+            "'model' of SiD Recipe Override. (ComfyUI takes a file for v-prediction if it holds an empty tensor named "
+            "'v_pred'; sid_train writes it.)"
+        )
+    is_ztsnr = has_zero_terminal_snr(sampling)
+    if recipe.zero_terminal_snr != is_ztsnr:
+        raise ValueError(
+            f"{source}: its recipe says zero terminal SNR is {str(recipe.zero_terminal_snr).lower()}, but ComfyUI "
+            f"loaded the model with {str(is_ztsnr).lower()}. Choose the recipe that belongs to this model."
+        )
