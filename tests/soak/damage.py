@@ -133,6 +133,9 @@ def judge(damage: damages.Damage, shop: Workshop, promises: Promises) -> str:
     if outcome == "refused":
         line = said_in_one_line(ended.output)
         promises.check(bool(line) and bool(ADVISES.search(line)), ADVICE, told)
+    elif damage.same_end == "cache":
+        wrong = differences(weights(place.cache), weights(shop.cache))
+        promises.check(not wrong, BYTES, f"{damage.name}: {wrong}")
     elif damage.same_end:
         # Not which older checkpoints are kept, which depends on where it went on from.
         wrong = differences(weights(folder), base.expected)

@@ -36,8 +36,8 @@ class Place:
 @dataclass
 class Damage:
     """do: damages, and says the names of which one has to be told; may: what may come of it; aloud: whether going on
-    has to be said; same_end: whether going on must end as the undamaged run; command: what is run instead of
-    ``distill``; undo: what the next damage needs.
+    has to be said; same_end: what going on must end as, the undamaged ``run``, the ``cache``, or ""; command: what is
+    run instead of ``distill``; undo: what the next damage needs.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Damage:
     may: frozenset[str] = EITHER
     base: str = "plain"
     aloud: bool = True
-    same_end: bool = True
+    same_end: str = "run"
     command: Callable[[Place], list] | None = None
     undo: Callable[[Place], None] | None = None
 
@@ -239,7 +239,7 @@ DAMAGES = [
     Damage("part of a checkpoint of 0 bytes", to_checkpoint(empty, part="*.safetensors"), base="parts"),
     Damage("part of a checkpoint removed", to_checkpoint(Path.unlink, part="*.safetensors"), base="parts"),
     Damage("facts of a checkpoint garbage", to_checkpoint(garbage, part="facts.json"), base="parts"),
-    Damage("snapshot flipped", to(SNAPSHOT, flip_bits), REFUSED, same_end=False, command=export_snapshot),
+    Damage("snapshot flipped", to(SNAPSHOT, flip_bits), REFUSED, same_end="", command=export_snapshot),
     Damage("snapshot cut off", to(SNAPSHOT, cut_off), REFUSED, command=export_snapshot),
     Damage("shard of prompts flipped", to_shard(flip_bits, "prompts-*"), base="cached"),
     Damage("shard of pairs flipped", to_shard(flip_bits, "pairs-*"), base="cached"),
@@ -252,9 +252,9 @@ DAMAGES = [
         base="cached",
     ),
     Damage("index of another form", index_change(lambda c: c.update(prompts={"a": 1})), base="cached"),
-    Damage("encode again: index of 0 bytes", to_shard(empty, "index.json"), command=encode_again, same_end=False),
-    Damage("encode again: shard flipped", to_shard(flip_bits, "prompts-*"), command=encode_again, same_end=False),
-    Damage("encode again: shard of 0 bytes", to_shard(empty, "prompts-*"), command=encode_again, same_end=False),
+    Damage("encode again: index of 0 bytes", to_shard(empty, "index.json"), command=encode_again, same_end="cache"),
+    Damage("encode again: shard flipped", to_shard(flip_bits, "prompts-*"), command=encode_again, same_end="cache"),
+    Damage("encode again: shard of 0 bytes", to_shard(empty, "prompts-*"), command=encode_again, same_end="cache"),
     Damage("changed prompts", change_prompts, REFUSED),
     Damage("changed caption", change_caption, REFUSED, base="pairs"),
     Damage("changed picture", change_picture, REFUSED, base="pairs"),

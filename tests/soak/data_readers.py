@@ -80,6 +80,7 @@ def picture_readers(work: Path) -> list[Reader]:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         tars.append({"given.tar": buffer.getvalue()})
+    braces: Input = {"given.txt": b"x{0..2}.tar"} | {f"x{n}.tar": tar["given.tar"] for n, tar in enumerate(tars)}
     tables: list[Input] = []
     for column in ([png, jpg], [{"bytes": png, "path": "a"}, {"bytes": jpg, "path": "b"}], ["a", "b"], [b"", None]):
         pq.write_table(pa.table({"image": column, "text": ["a", "b"]}), work / "t.parquet", row_group_size=1)
@@ -90,7 +91,7 @@ def picture_readers(work: Path) -> list[Reader]:
         Reader("pictures metadata.jsonl", [listed], "", _read_all, 2),
         Reader("pictures.tar", tars, "given.tar", _read_all, 4),
         Reader("pictures.parquet", tables, "given.parquet", _read_all, 2),
-        Reader("brace patterns", [{"given.txt": b"x{0..3}.tar"}], "given.txt", lambda p: open_pictures(_pattern(p)),
+        Reader("brace patterns", [braces], "given.txt", lambda p: open_pictures(_pattern(p)),
                0.3, ("data.pairs",)),
     ]  # fmt: skip
 

@@ -119,9 +119,9 @@ def problem(reader: Reader, target: Path, error: BaseException) -> str:
         return f"traceback|{kind} in {where}"
     text = str(error)
     if not any(name in text for name in (target.name, shown(target), *reader.names)):
-        return f"name|{kind} in {where}: {text[:60]}"
+        return f"name|{kind} in {where}"
     if len(text) > TEXT or not text.isprintable():
-        return f"line|{kind} in {where}: {'too long' if len(text) > TEXT else 'unprintable'}"
+        return f"line|{kind} in {where}, {'too long' if len(text) > TEXT else 'unprintable'}"
     return ""
 
 
@@ -151,7 +151,7 @@ def work_through(reader: Reader, numbers: range, seed: int, work: Path, pipe: in
             target = folder / reader.target
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            before, begun, found, accepted = status("VmRSS"), time.monotonic(), "", False
+            before, begun, found, accepted, said = status("VmRSS"), time.monotonic(), "", False, ""
             try:
                 signal.setitimer(signal.ITIMER_REAL, reader.seconds)
                 result = reader.read(target)
@@ -161,21 +161,21 @@ def work_through(reader: Reader, numbers: range, seed: int, work: Path, pipe: in
                     found = "wrong|other values than were written"
             except BaseException as error:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                found = problem(reader, target, error)
+                found, said = problem(reader, target, error), str(error)[:150]
             seconds, peak = time.monotonic() - begun, status("VmHWM") - before
             if not found and seconds > reader.seconds:
                 found = "time|in code that cannot be interrupted"
             if not found and peak > MEMORY:
                 found = f"memory|{peak >> 20} MiB"
-            entry = {"number": number, "accepted": accepted, "found": found, "seconds": seconds, "peak": peak}
-            print(json.dumps(entry), file=out, flush=True)
+            entry = {"number": number, "accepted": accepted, "found": found, "said": said}
+            print(json.dumps(entry | {"seconds": seconds, "peak": peak}), file=out, flush=True)
             if peak > 1 << 28:
                 gc.collect()
 
 
-def batch(reader: Reader, numbers: range, seed: int, work: Path, tally: Tally) -> list[tuple[int, str]]:
+def batch(reader: Reader, numbers: range, seed: int, work: Path, tally: Tally) -> list[tuple[int, str, str]]:
     """The violations by number; a process that hangs or dies is one, and the next goes on behind it."""
-    violations: list[tuple[int, str]] = []
+    violations: list[tuple[int, str, str]] = []
     first = numbers.start
     while first < numbers.stop:
         source, sink = os.pipe()
@@ -208,13 +208,13 @@ def batch(reader: Reader, numbers: range, seed: int, work: Path, tally: Tally) -
                 tally.refused += not entry["accepted"]
                 tally.worst, tally.peak = max(tally.worst, entry["seconds"]), max(tally.peak, entry["peak"])
                 if entry["found"]:
-                    violations.append((entry["number"], entry["found"]))
+                    violations.append((entry["number"], entry["found"], entry["said"]))
         os.close(source)
         _, ended = os.waitpid(pid, 0)
         if first < numbers.stop:  # it did not come to the end
             tally.inputs += 1
             code = os.waitstatus_to_exitcode(ended)
-            violations.append((current, "time|hangs" if hung else f"traceback|the process died ({code})"))
+            violations.append((current, "time|hangs" if hung else f"traceback|the process died ({code})", ""))
             first = current + 1
     return violations
 
@@ -241,12 +241,13 @@ def main() -> int:
                 if time.monotonic() > ends:
                     print(f"{reader.name}: {args.minutes:g} minutes are over", flush=True)
                     break
-                for number, found in batch(reader, range(first, min(first + BATCH, wanted)), args.seed, work, tally):
+                numbers = range(first, min(first + BATCH, wanted))
+                for number, found, said in batch(reader, numbers, args.seed, work, tally):
                     kind = found.partition("|")[0]
                     promises.broken[PROMISES[kind]] += 1
                     tally.kinds[found] += 1
                     if tally.kinds[found] == 1:
-                        print(f"BROKEN: {reader.name}: {found} (number {number})", flush=True)
+                        print(f"BROKEN: {reader.name}: {found} (number {number}): {said!r}", flush=True)
                         if kept:
                             name = re.sub(r"\W+", "-", f"{reader.name} {found}")[:80]
                             write(input_of(reader, number, args.seed), kept / f"{name}-{number}")

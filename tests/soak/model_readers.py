@@ -78,9 +78,9 @@ def model_readers(work: Path) -> list[Reader]:
         Reader("digits file", digits, file, lambda p: open_model(str(p)).load(), 0.5),
         Reader("sdxl file", sdxl, file, lambda p: open_model(str(p)).load(None), 0.7),
         Reader("sdxl file, text and vae", sdxl, file, load_rest, 0.02),
-        Reader("sdxl folder", folder, "", lambda p: open_model(str(p)).load(None), 1),
-        Reader("plan's shapes of a file", [*sdxl, *digits], file, lambda p: model_shapes(str(p), 0), 0.3),
-        Reader("plan's shapes of a folder", folder, "", lambda p: model_shapes(str(p), 0), 0.3),
+        Reader("sdxl folder", folder, "", lambda p: open_model(str(p)).load(None), 0.4),
+        Reader("plan's shapes of a file", [*sdxl, *digits], file, lambda p: model_shapes(str(p), 0), 0.15),
+        Reader("plan's shapes of a folder", folder, "", lambda p: model_shapes(str(p), 0), 0.15),
         Reader("lora", one(work / "lora.safetensors"), file, lambda p: teacher.read_lora(p), 2),
         Reader("generator", [{file: generator_file}], file, lambda p: open_generator(str(p)).load(), 0.5),
     ]  # fmt: skip

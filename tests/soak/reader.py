@@ -56,5 +56,5 @@ def command(*arguments: object) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(a) for a in arguments])
     if code:
-        raise ValueError(err.getvalue().strip().removeprefix("error: "))
+        raise ValueError(err.getvalue().strip().rpartition("error: ")[2])
     return out.getvalue()

@@ -60,7 +60,7 @@ def _stored(work: Path) -> list[Reader]:
 
     return [
         Reader("cache", [of_cache], "", read_cache, 2, same=True),
-        Reader("run folder", [of_run], "", read_run, 1),
+        Reader("run folder", [of_run], "", read_run, 0.4),
         Reader("resumed run", [of_run], "", lambda p: command(*resumed, "--out", p), 0.02, seconds=60),
         Reader(
             "demo's iterations.json", [{"iterations.json": b'{"minutes": 5.0, "iterations": 3}'}], "", read_demo, 0.3
@@ -91,7 +91,7 @@ def _configs() -> list[Reader]:
             "plan --config",
             seeds[:1],
             "given.toml",
-            lambda p: command("plan", "--config", p, "--gpus", 1),
+            lambda p: command("plan", "--config", p, "--gpus", 1, "--gpu-memory", 24),
             0.005,
             seconds=60,
         ),
