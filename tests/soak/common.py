@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -153,7 +154,8 @@ def parser(summary: str, count: int, minutes: float) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def work_folder(kept: Path | None) -> Iterator[Path]:
-    """A folder to work in; removed at the end, unless it was named."""
+    """A folder to work in; removed at the end, unless it was named. SIGTERM ends the command so that it is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if kept is not None:
         kept.mkdir(parents=True, exist_ok=True)
         yield kept.resolve()

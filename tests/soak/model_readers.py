@@ -20,7 +20,6 @@ def model_readers(work: Path) -> list[Reader]:
     from sid_train.commands.inspect import inspect
     from sid_train.core.recipe import SiDRecipe
     from sid_train.files.tensors import open_tensors
-    from sid_train.models.digits.model import TEACHER_FILE
     from sid_train.models.families import model_shapes, open_generator, open_model
     from sid_train.models.sdxl.lora import kohya_modules
 
@@ -59,7 +58,7 @@ def model_readers(work: Path) -> list[Reader]:
         return [{"given.safetensors": content_of(path, data)} for path in paths]
 
     folder = [folder_of(work / "sdxl", data=False, leave_out=("vocab.json", "merges.txt", "tokenizer.json"))]
-    sdxl, digits = one(whole, data=False), one(TEACHER_FILE, data=False)
+    sdxl, digits = one(whole, data=False), [{"given.safetensors": generator_file}]
     file = "given.safetensors"
 
     def load_all(path: Path) -> None:
@@ -72,15 +71,15 @@ def model_readers(work: Path) -> list[Reader]:
         parts.load_text()
 
     return [
-        Reader("recipe (inspect)", [*one(work / "lora.safetensors", work / "part.safetensors"), {file: generator_file}],
+        Reader("recipe (inspect)", [*one(work / "lora.safetensors", work / "part.safetensors"), *digits],
                file, lambda p: (inspect(p, False), inspect(p, True)), 3),
         Reader("tensors", one(work / "types.safetensors", work / "types-2.safetensors"), file, load_all, 3),
-        Reader("digits file", digits, file, lambda p: open_model(str(p)).load(), 0.5),
+        Reader("digits file", digits, file, lambda p: open_model(str(p)).load(torch.float32), 0.5),
         Reader("sdxl file", sdxl, file, lambda p: open_model(str(p)).load(None), 0.7),
         Reader("sdxl file, text and vae", sdxl, file, load_rest, 0.02),
         Reader("sdxl folder", folder, "", lambda p: open_model(str(p)).load(None), 0.4),
         Reader("plan's shapes of a file", [*sdxl, *digits], file, lambda p: model_shapes(str(p), 0), 0.15),
         Reader("plan's shapes of a folder", folder, "", lambda p: model_shapes(str(p), 0), 0.15),
         Reader("lora", one(work / "lora.safetensors"), file, lambda p: teacher.read_lora(p), 2),
-        Reader("generator", [{file: generator_file}], file, lambda p: open_generator(str(p)).load(), 0.5),
+        Reader("generator", digits, file, lambda p: open_generator(str(p)).load(), 0.5),
     ]  # fmt: skip

@@ -77,6 +77,7 @@ def start(arguments: list, log: Path, watched: Path, die_at: int = 0) -> Child:
     code = 1
     try:
         os.close(reader)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
