@@ -157,11 +157,13 @@ def _examine_packages(found: Findings, seconds: float) -> None:
         version = _version(name) or state.get("version") or None
         packages[name] = {"version": version, "needs": floor, "state": state["state"]}
         cure = f'pip install "{name}>={floor}"' if floor else f"pip install {name}"
-        if version is None and state["state"] != "works":
+        not_found = state.get("reason", "ModuleNotFoundError").startswith("ModuleNotFoundError")
+        if version is None and state["state"] != "works" and not_found:
             packages[name]["state"] = "missing"
             found.problem(EVERY_RUN, f"{name} is not installed", cure)
         elif state["state"] == "broken":
-            found.problem(EVERY_RUN, f"{name} {version} cannot be imported: {state['reason']}", f"{cure}, again")
+            what = f"{name} {version or '(unknown version)'} cannot be imported: {state['reason']}"
+            found.problem(EVERY_RUN, what, f"{cure}, again")
         elif floor and version is not None and _numbers(version) < _numbers(floor):
             found.problem(EVERY_RUN, f"{name} is {version}, older than {floor}", cure)
     late = [name for name, package in packages.items() if package["state"] == "not tried"]

@@ -33,7 +33,7 @@ def stand_ins(tmp_path, monkeypatch):
     """Modules that take the place of packages in other processes: ``stand_ins(name, code)`` makes one."""
     folder = tmp_path / "stand-ins"
     folder.mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     return lambda name, code: (folder / f"{name}.py").write_text(code)
 
 
