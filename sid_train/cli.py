@@ -6,22 +6,59 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import math
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from . import configs
 from .errors import Interrupted, NonFiniteError
+from .files.reading import shown
 
-USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILED, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
+LONGEST = 2000
+"""Characters of an error."""
 
 
 class _Parser(argparse.ArgumentParser):
     """One line for a wrong command line, instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        _complain(f"{shown(message, LONGEST)} (see {self.prog} --help)")
         raise SystemExit(USER_ERROR)
+
+
+def _whole(text: str) -> int:
+    """An integer that PyTorch can hold."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def _text(text: str) -> str:
+    """Text that can be written down: half an emoji, or bytes that are no UTF-8, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,14 +82,19 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", required=required, help=help_)
         takes_overrides(sub)
 
+    sub = command("doctor", "say what is installed, what this machine has, and what would stop a run; for bug reports")
+    sub.add_argument("--out", type=Path, default=Path(), help="where a run would write (default: the current folder)")
+    sub.add_argument("--seconds", type=_number, default=8, help="for trying the packages (default: 8)")
+    sub.add_argument("--json", action="store_true", dest="as_json")
+
     sub = command("demo", "distil the embedded teacher, measure it and write a report, in minutes on a CPU")
     sub.add_argument("--out", type=Path, help="folder (default: one under sid-demo/ named by the other options)")
-    sub.add_argument("--steps", type=int, default=4, help="network calls of the generator, 1 to 8 (default: 4)")
+    sub.add_argument("--steps", type=_whole, default=4, help="network calls of the generator, 1 to 8 (default: 4)")
     sub.add_argument(
         "--guidance", help="none, lsg=1.2, zero-cfg, anti-cfg=-1 or custom=A,B,C (default: the configuration's)"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of the distillation (default: 0)")
-    sub.add_argument("--minutes", type=float, help="train as long as fits into this many minutes in all")
+    sub.add_argument("--seed", type=_whole, default=0, help="of the distillation (default: 0)")
+    sub.add_argument("--minutes", type=_number, help="train as long as fits into this many minutes in all")
     sub.add_argument("--full", action="store_true", help="compute the teacher's and the real rows anew (10 minutes)")
     takes_overrides(sub)
 
@@ -65,38 +107,41 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("plan", "say what a run needs: memory of each GPU, network calls, FLOPs, disk, time; no GPU needed")
     takes_config(sub, which, required=False)
-    sub.add_argument("--gpus", type=int, help="how many (default: those of this machine)")
-    sub.add_argument("--gpu-memory", type=float, help="GiB of each, such as 24 or 80 (default: this machine's)")
-    sub.add_argument("--reserve", type=float, default=2, help="GiB left free for what is not counted (default: 2)")
+    sub.add_argument("--gpus", type=_whole, help="how many (default: those of this machine)")
+    sub.add_argument("--gpu-memory", type=_number, help="GiB of each, such as 24 or 80 (default: this machine's)")
+    sub.add_argument("--reserve", type=_number, default=2, help="GiB left free for what is not counted (default: 2)")
     speed = sub.add_mutually_exclusive_group()
-    speed.add_argument("--tflops", type=float, help="what one GPU sustains, for the time")
-    speed.add_argument("--seconds-per-forward", type=float, help="of one picture, as you measured it, for the time")
+    speed.add_argument("--tflops", type=_number, help="what one GPU sustains, for the time")
+    speed.add_argument("--seconds-per-forward", type=_number, help="of one picture, as you measured it, for the time")
     sub.add_argument("--json", action="store_true", dest="as_json")
     sub.add_argument("--table", type=Path, metavar="FILE", help="instead: write the table of what fits where into FILE")
 
     sub = command("encode", "encode prompts and pairs once, for runs without a text encoder; continues after a stop")
     takes_config(sub, "the configuration of the run that will read them")
     sub.add_argument("--out", type=Path, required=True, help="the cache's folder: data.cache of that run")
-    sub.add_argument("--shard-size", type=int, default=512, help="prompts or pairs a file (default: 512)")
+    sub.add_argument("--shard-size", type=_whole, default=512, help="prompts or pairs a file (default: 512)")
     sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: what they are computed in, exact")
 
     sub = command("sample", "make pictures with a distilled generator")
     sub.add_argument("model", help="a safetensors file that carries a recipe")
     sub.add_argument(
         "--prompt",
+        type=_text,
         action="append",
         required=True,
         dest="prompts",
         metavar="PROMPT",
         help="may be given more than once: a row each",
     )
-    sub.add_argument("--count", type=int, default=8, help="pictures a prompt (default: 8)")
-    sub.add_argument("--steps", type=int, help="default: the recipe's")
+    sub.add_argument("--count", type=_whole, default=8, help="pictures a prompt (default: 8)")
+    sub.add_argument("--steps", type=_whole, help="default: the recipe's")
     sub.add_argument("--base", help="the SDXL model that a LoRA belongs on, or whose text encoders and VAE to use")
-    sub.add_argument("--resolution", type=int, default=0, help="of SDXL's pictures (default: what it was trained at)")
+    sub.add_argument(
+        "--resolution", type=_whole, default=0, help="of SDXL's pictures (default: what it was trained at)"
+    )
     sub.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
     sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the UNet (default: fp32)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_whole, default=0)
     sub.add_argument("--out", type=Path, default=Path("sample.png"), help="default: sample.png")
 
     sub = command("inspect", "show the recipe inside a checkpoint")
@@ -121,9 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32", "fp8"], default="fp16", help="default: fp16")
     sub.add_argument("--vae", type=Path, help="a VAE to put in instead of the teacher's")
     sub.add_argument("--base", help="the model under a LoRA, with the missing parts, or to extract a LoRA against")
-    sub.add_argument("--rank", type=int, default=0, help="of the LoRA that is extracted from a whole UNet")
-    sub.add_argument("--energy", type=float, default=0, help="instead of --rank: the share to keep, such as 0.95")
-    sub.add_argument("--iteration", type=int, default=0, help="of a run's snapshot (default: its last checkpoint)")
+    sub.add_argument("--rank", type=_whole, default=0, help="of the LoRA that is extracted from a whole UNet")
+    sub.add_argument("--energy", type=_number, default=0, help="instead of --rank: the share to keep, such as 0.95")
+    sub.add_argument("--iteration", type=_whole, default=0, help="of a run's snapshot (default: its last checkpoint)")
 
     sub = command("convert", "give an SDXL UNet that carries no recipe one of the presets (DMD2, LCM, Lightning ...)")
     sub.add_argument("file", type=Path, help="a safetensors file, named as diffusers or as ldm names it")
@@ -134,22 +179,69 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. 0 is success, 1 a failed run, 2 a user's mistake, 130 an interrupted and saved run."""
+    """Runs one command. 0 is success, 1 a failed run, 2 a user's mistake, 130 an interrupted and saved run, 141 output
+    that nobody reads.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a console or a pipe cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a reader that has gone or a full disk can still be told
+    except BrokenPipeError:
+        _drop_output()
+        return CLOSED_PIPE
+    except OSError as error:
+        _complain(f"standard output cannot be written: {shown(error)}")
+        _drop_output()
+        return FAILED
+
+
+def _run(argv: list[str] | None) -> int:
     values = vars(build_parser().parse_args(argv))
     name = values.pop("command")
     try:
         run = getattr(importlib.import_module(f".commands.{name}", __package__), name)
-        run(**values)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return run(**values) or 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _complain(error, "" if error.filename is not None else f"; {name} was given {_paths(values)}")
+        return USER_ERROR
+    except ValueError as error:
+        _complain(error)
+        return USER_ERROR
+    except ImportError as error:
+        if (error.name or "").startswith(__package__):  # a bug
+            raise
+        _complain(error, ". python -m sid_train doctor says what is missing")
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Interrupted as error:
-        print(f"{error}. The same command continues it.", file=sys.stderr)
+        print(f"{shown(error, LONGEST)}. The same command continues it.", file=sys.stderr)
         return INTERRUPTED
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(error)
         return FAILED
-    return 0
+
+
+def _complain(message: object, hint: str = "") -> None:
+    print(f"error: {shown(message, LONGEST)}{hint}", file=sys.stderr)
+
+
+def _paths(values: dict[str, object]) -> str:
+    """The files that a command was given: an error of a full disk names none."""
+    given = {key: value for key, value in values.items() if isinstance(value, Path) or key in ("model", "config")}
+    return shown(", ".join(f"{key} {value}" for key, value in given.items() if value), LONGEST) or "no file"
+
+
+def _drop_output() -> None:
+    """Lets Python end without writing what is left to a standard output that takes nothing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

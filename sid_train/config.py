@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from . import configs
 from .core.recipe import Unconditional
 from .data.config import DataConfig
+from .files.header import other_kind
+from .files.reading import read_text, reading, shown
 from .method.config import GANConfig, MethodConfig
 from .method.methods import METHODS
 from .models.adapter_config import AdapterConfig
@@ -22,6 +24,13 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+SIZE_LIMIT = 64 << 10
+"""Bytes of a configuration's file."""
+DOTS_LIMIT = 1000
+"""In a line of it: the parser's time grows with the square of the parts of a key."""
+LARGEST = 2**63 - 1
+"""What an integer may be: TOML promises no more, and neither does PyTorch."""
 
 
 @dataclass
@@ -221,17 +230,34 @@ class Config:
         for section in dataclasses.fields(self):
             lines.append(f"[{section.name}]")
             values = dataclasses.asdict(getattr(self, section.name))
-            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
             lines.append("")
         return "\n".join(lines)
 
 
+def _toml_value(value: str | int | float | bool) -> str:
+    """A value as TOML writes it: as JSON does, but for DEL, which TOML wants escaped like every control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file; ValueError names the file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    """The tables of a TOML file, with or without a byte order mark; ValueError names the file."""
+    with reading(path, "a configuration in TOML"):
+        text = read_text(path, SIZE_LIMIT)
+        if any(line.count(".") > DOTS_LIMIT for line in text.splitlines()):
+            raise RecursionError
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            reason = other_kind(text[:8].encode()) or error
+            raise ValueError(f"{shown(path)}: not valid TOML: {shown(reason)}") from None
+        for name, table in values.items():
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"{shown(path)}: unknown section [{shown(name, 60)}]: expected tables, {', '.join(_sections())}, "
+                    f"got {_told(table)} outside of them"
+                )
+        return values
 
 
 def load_config(name: str | None = None, overrides: list[str] | None = None) -> Config:
@@ -239,17 +265,16 @@ def load_config(name: str | None = None, overrides: list[str] | None = None) -> 
     values: dict[str, dict[str, Any]] = {}
     source = "--set"
     if name is not None:
-        path = Path(name) if name.endswith(".toml") else configs.path_of(name)
-        if not path.is_file():
-            raise ValueError(
-                f"--config: expected a .toml file or one of {', '.join(configs.shipped())}; no such file: {name!r}"
-            )
-        values, source = read_toml(path), str(path)
+        path = Path(name) if name.lower().endswith(".toml") else configs.path_of(name)
+        if not path.exists():
+            other = f"{name!r} does not end in .toml" if Path(name).exists() else f"no such file: {name!r}"
+            raise ValueError(f"--config: expected a .toml file or one of {', '.join(configs.shipped())}; {other}")
+        values, source = read_toml(path), shown(path)
     flat = Config().flat()
     for text in overrides or []:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set: expected section.key=value, got {text!r}")
+            raise ValueError(f"--set: expected section.key=value, got {_told(text)}")
         section, _, name_ = key.partition(".")
         check_key(key, flat, "--set")
         values.setdefault(section, {})[name_] = _parse_value(value, isinstance(flat[key], str))
@@ -257,19 +282,29 @@ def load_config(name: str | None = None, overrides: list[str] | None = None) -> 
 
 
 def _parse_value(text: str, is_text: bool) -> Any:
+    """What ``--set`` gives a key: text as it is, else JSON; what is none is told by its type's check."""
     if is_text:
         return text
     try:
         return json.loads(text.replace("_", ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
+
+
+def _told(value: Any) -> str:
+    """A value in an error, in one line of bounded length."""
+    try:
+        return shown(repr(value), 100)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
+        kinds = {int: "an integer", list: "a list", dict: "a table"}
+        return f"{kinds.get(type(value), 'a value')} that is too large to show"
 
 
 def check_key(key: str, known: dict[str, Any], source: str) -> None:
     if key not in known:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(config_sections())}"
-        raise ValueError(f"{source}: unknown key {key!r}{hint}")
+        raise ValueError(f"{source}: unknown key {_told(key)}{hint}")
 
 
 def config_sections() -> list[str]:
@@ -284,7 +319,7 @@ def config_from_dict(values: dict[str, dict[str, Any]], source: str) -> Config:
     sections = {}
     for section, table in values.items():
         if section not in types or not isinstance(table, dict):
-            raise ValueError(f"{source}: unknown section [{section}]; expected {', '.join(types)}")
+            raise ValueError(f"{source}: unknown section [{shown(section, 60)}]; expected {', '.join(types)}")
         hints = get_type_hints(types[section])
         for key, value in table.items():
             check_key(f"{section}.{key}", known, source)
@@ -302,13 +337,30 @@ def config_from_dict(values: dict[str, dict[str, Any]], source: str) -> Config:
 def _checked(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{where}: expected one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+            raise ValueError(f"{where}: expected one of {', '.join(map(str, get_args(kind)))}, got {_told(value)}")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: expected a finite number, got {value}")
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-        raise ValueError(f"{where}: expected {names[kind]}, got {value!r}")
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: expected {names[kind]}, got {_told(value)}")
+    if whole and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{where}: expected at most {LARGEST:,}, got {_told(value)}")
+    if kind is float:
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: expected a finite number, got {value}")
+    if kind is str:
+        _require_storable(value, where)
     return value
+
+
+def _require_storable(text: str, where: str) -> None:
+    """ValueError for text that no TOML file and no file's name can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: expected text in UTF-8, got {_told(text)}: rename the file, or correct the encoding"
+        ) from None
+    if "\0" in text:
+        raise ValueError(f"{where}: expected text without the character 0, got {_told(text)}")

@@ -24,5 +24,5 @@ def test_the_archive_is_the_pack_and_nothing_else():
     assert ignored == {
         name
         for name in tracked
-        if name.startswith(("tests/", "docs/", ".ci/")) or name in ("workflows/build.py", "comfy-test.toml")
+        if name.startswith(("tests/", "docs/", ".ci/", ".github/")) or name in ("workflows/build.py", "comfy-test.toml")
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ class FrechetCurve(Callback):
 def demo_folder(steps: int, guidance: str | None, seed: int, minutes: float | None) -> Path:
     """The default folder, one for each set of options, so that the same command continues the same run."""
     parts = [f"{steps}step", guidance or "default", f"seed{seed}", *([f"{minutes:g}min"] if minutes else [])]
-    return Path("sid-demo") / "-".join(parts).replace("/", "_")
+    return Path("sid-demo") / re.sub(r"[^\w.,=+-]", "_", "-".join(parts))  # what every file system takes
 
 
 def demo_config(steps: int, guidance: str | None, seed: int, overrides: Sequence[str] = ()) -> Config:

@@ -51,7 +51,7 @@ def read_header(path: str | Path) -> Header:
                 raise ValueError(f"it has {found} bytes: copy or download it again")
             (size,) = struct.unpack("<Q", first)
             if size > HEADER_LIMIT:
-                raise ValueError(_other_kind(first) or f"its header is said to have {size:,} bytes")
+                raise ValueError(other_kind(first) or f"its header is said to have {size:,} bytes")
             text = file.read(size)
         if len(text) < size:
             raise _cut_off(path, 8 + size, found)
@@ -80,7 +80,7 @@ def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
     return read_header(path).metadata
 
 
-def _other_kind(first: bytes) -> str:
+def other_kind(first: bytes) -> str:
     """What the first bytes of a file say that it is; "" for none of what users have instead."""
     if first == b"version ":
         return "it is a Git LFS pointer, and the file itself was not downloaded (git lfs pull)"

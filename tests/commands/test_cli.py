@@ -1,8 +1,10 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def run(tmp_path_factory):
 
 def test_help_lists_every_command_with_a_line():
     text = subprocess.run([sys.executable, "-m", "sid_train", "--help"], capture_output=True, text=True, check=True)
-    for command in ("demo", "distill", "sample", "inspect", "evaluate", "export", "encode"):
+    for command in ("doctor", "demo", "distill", "sample", "inspect", "evaluate", "export", "encode"):
         assert f"\n    {command} " in text.stdout
 
 
@@ -120,7 +122,17 @@ def files(tmp_path):
         (["demo", "--steps", "9", "--out", "{tmp}/new"], "steps: expected 1 to 8, got 9"),
         (["demo", "--guidance", "cfg", "--out", "{tmp}/new"], "guidance: expected none"),
         (["demo", "--minutes", "-1", "--out", "{tmp}/new"], "--minutes: expected more than 0"),
-        (["demo", "--minutes", "soon"], "invalid float value"),
+        (["demo", "--minutes", "soon"], "expected a number, got 'soon'"),
+        (["demo", "--minutes", "inf"], "expected a finite number, got 'inf'"),
+        (["plan", "--config", "demo", "--gpu-memory", "nan"], "expected a finite number, got 'nan'"),
+        (["sample", "demo", "--prompt", PROMPT, "--seed", "9" * 20], "expected an integer of 64 bits"),
+        (["sample", "demo", "--prompt", PROMPT, "--seed", "9" * 5000], "expected an integer, got '999"),
+        (["sample", "demo", "--prompt", "half an emoji \ud83d"], "expected text in UTF-8, got 'half an emoji \\ud83d'"),
+        (["inspect", "{tmp}/a\x1b[31m\n\x7f.safetensors"], "a\\x1b[31m\\n\\x7f.safetensors"),
+        (["inspect", "{tmp}"], "expected a regular file, got a folder"),
+        (["inspect", "{tmp}/cat.txt/x.safetensors"], "cat.txt/x.safetensors"),
+        (["inspect", "{tmp}/" + "a" * 5000], "characters)"),
+        (["export", "{run}", "-o", "{tmp}/cat.txt/x.safetensors"], "cat.txt"),
         (["unknown"], "invalid choice"),
         ([], "required: COMMAND"),
     ],
@@ -137,4 +149,73 @@ def test_mistakes_give_one_line_and_exit_code_2(arguments, message, run, files, 
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("error: ")
+    assert captured.err.removesuffix("\n").isprintable()
+    assert len(captured.err) < 2200
     assert sorted(files.rglob("*")) == before  # nothing half-written
+
+
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+LIGHT = [sys.executable, "-m", "sid_train", "doctor", "--seconds", "0"]  # does not wait for PyTorch
+
+
+@pytest.mark.parametrize(
+    ("console", "shown"),
+    [
+        ({"PYTHONIOENCODING": "cp1252"}, rb"\u732b"),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, rb"\udce7\udc8c\udcab"),  # as it was decoded
+        ({"PYTHONIOENCODING": "utf-8"}, "猫".encode()),
+    ],
+    ids=["cp1252", "C", "utf-8"],
+)
+def test_what_a_console_cannot_show_is_escaped(console, shown):
+    environment = os.environ | console
+    found = subprocess.run([*LIGHT, "--out", "猫"], env=environment, capture_output=True, check=True)
+    assert found.stderr == b""
+    assert shown in found.stdout
+    wrong = subprocess.run([*LIGHT, "--seconds", "猫"], env=environment, capture_output=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count(b"\n") == 1
+    assert shown in wrong.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone_is_no_error(buffered):
+    read, write = os.pipe()
+    os.close(read)
+    environment = BUFFERED | ({} if buffered else {"PYTHONUNBUFFERED": "1"})
+    ended = subprocess.run(LIGHT, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_on_a_full_disk_is_said():
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(LIGHT, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: standard output cannot be written: [Errno 28] No space left on device\n"
+
+
+def test_an_error_of_the_disk_says_what_it_was_about(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
+    assert main(["export", str(run), "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert f"No space left on device; export was given source {run}, out {tmp_path}" in capsys.readouterr().err
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sid_train.commands.plan", None)
+    with pytest.raises(ImportError, match="plan"):  # our own: a bug keeps its traceback
+        main(["plan"])
+    broken = SimpleNamespace(plan=lambda **_: __import__("no_such"))
+    monkeypatch.setitem(sys.modules, "sid_train.commands.plan", broken)
+    assert main(["plan"]) == 2
+    assert (
+        capsys.readouterr().err == "error: No module named 'no_such'. python -m sid_train doctor says what is missing\n"
+    )
