@@ -221,7 +221,7 @@ def _pair_source(source: str) -> str:
     if len(source) > MAX_PATH:
         raise ValueError(f"pairs: expected a path of at most {MAX_PATH:,} characters, got {len(source):,}")
     refuse_other_hosts("pairs", source)
-    for path in expand_braces(source):  # one after another: there may be very many
+    for path in expand_braces(source):  # at most 100,000
         if not os.path.exists(path):
             raise ValueError(
                 f"pairs: expected a folder of image-text pairs, .tar shards or a .parquet file, or nothing; there is "

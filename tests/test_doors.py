@@ -214,7 +214,7 @@ def test_a_method_trains_its_own_networks(regression, tmp_path, capsys):
     assert [set(entry["losses"]) for entry in read_log(tmp_path / "log.jsonl")] == [{"regression"}] * 2
     state = load_file(RunFolder(tmp_path).last_checkpoint())
     assert {name.partition(".")[0] for name in state} == {
-        *("generator", "generator_ema", "generator_optimizer", "rng", "step_rng")
+        *("generator", "generator_ema", "generator_optimizer", "norms", "rng", "step_rng")
     }
     assert Trainer(load_config("demo", values), tmp_path).iteration == 2
     assert RunFolder(tmp_path).open_generator().recipe.title.endswith(", Regression 2-step")
