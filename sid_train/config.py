@@ -254,8 +254,8 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         for name, table in values.items():
             if not isinstance(table, dict):
                 raise ValueError(
-                    f"{shown(path)}: unknown section [{shown(name, 60)}]: expected tables, {', '.join(config_sections())}, "
-                    f"got {_told(table)} outside of them"
+                    f"{shown(path)}: unknown section [{shown(name, 60)}]: expected tables, "
+                    f"{', '.join(config_sections())}, got {_told(table)} outside of them"
                 )
         return values
 

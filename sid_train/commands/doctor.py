@@ -21,6 +21,7 @@ from typing import Any
 
 from ..files.atomic import write_text
 from ..files.reading import read_text, shown
+from ..training.environment import other_trainers
 
 FLOORS = {
     "numpy": "1.25",
@@ -333,10 +334,8 @@ def _examine_environment(found: Findings) -> None:
     accelerate = home / "accelerate" / "default_config.yaml"
     found.facts["hugging_face_cache"] = {"path": shown(cache), "exists": cache.is_dir()}
     found.facts["accelerate_config"] = shown(accelerate) if accelerate.is_file() else None
-    cure = "unset it: the run's own configuration says these things"
-    for name in variables:
-        if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU":
-            found.problem("runs that it would change", f"{name}={variables[name]} is set in the environment", cure)
+    for name, value in other_trainers().items():
+        found.problem(EVERY_RUN, f"{name}={shown(value, 200)} is set in the environment", "unset it, or use torchrun")
     if found.facts["accelerate_config"]:
         what = f"{accelerate}: accelerate launch would set from it what the run's configuration says"
         found.problem("runs that accelerate launch starts", what, "start with python -m, or torchrun -m, sid_train")

@@ -37,6 +37,11 @@ class PicturePairs:
         image, time_ids = cut_out(self.pictures.read(row), self.sizes[row])
         with torch.no_grad():
             latents = self.codec.encode(image[None]).cpu()
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"{self.pictures.entries[row].name}: its latents are not finite: the VAE is damaged: get the teacher's "
+                "file anew"
+            )
         cond = self.captions.read([row])
         if self.buckets:
             cond = cond.replace(time_ids=torch.tensor([time_ids], dtype=cond.time_ids.dtype))

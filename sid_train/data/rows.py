@@ -10,6 +10,7 @@ import torch
 
 from ..core.recipe import Unconditional
 from ..core.rng import BatchRNG
+from ..files.reading import shown
 from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioner, Conditioning
 from ..models.families import shipped_by
@@ -36,10 +37,18 @@ class EncodedRows(Protocol):
 
 def encode_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> Conditioning:
     """The prompts' conditioning on the CPU, encoded one by one: a matrix product rounds differently in another batch,
-    and a prompt's embedding must not depend on which others it was drawn or cached with.
+    and a prompt's embedding must not depend on which others it was drawn or cached with. ValueError for one whose
+    encoding is not finite.
     """
     with torch.no_grad():
-        return Conditioning.cat([conditioner.encode([prompt]).to("cpu") for prompt in prompts])
+        rows = [conditioner.encode([prompt]).to("cpu") for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not all(tensor.isfinite().all() for tensor in row.tensors.values()):
+            raise ValueError(
+                f"the prompt {shown(prompt, 80)!r} is encoded as numbers that are not finite: the text encoders are "
+                "damaged: get the teacher's file anew"
+            )
+    return Conditioning.cat(rows)
 
 
 class LiveRows:

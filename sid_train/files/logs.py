@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
-    with open(path, "a") as file:
+    """One more entry, which is on the disk before a checkpoint counts on it."""
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def rewind_log(path: Path, iteration: int) -> None:

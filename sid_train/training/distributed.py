@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from ..config import TrainingConfig
 from ..core.rng import BatchRNG
 from ..models.denoiser import Denoiser
+from .environment import foreign_settings, own_settings
 
 T = TypeVar("T")
-
-# What accelerate may take from the environment: on which device it runs, and how it talks.
-ACCELERATE_KEEPS = {
-    "ACCELERATE_USE_CPU",
-    "ACCELERATE_TORCH_DEVICE",
-    "ACCELERATE_CPU_AFFINITY",
-    "ACCELERATE_LOG_LEVEL",
-    "ACCELERATE_DEBUG_MODE",
-}
-_NEUTRAL = {"", "no", "none", "false", "0", "1", "default"}
-_OTHER_TRAINERS = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
 
 
 def is_first_process() -> bool:
@@ -42,35 +32,15 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     """This run's view of the processes. Trackers write into ``folder``."""
     # A process may make several runs; accelerate keeps one state a process, and refuses another precision in it.
     AcceleratorState._reset_state()
-    with _own_settings():
+    if (ignored := foreign_settings()) and is_first_process():
+        told = ", ".join(f"{name}={value}" for name, value in ignored.items())
+        print(f"ignored from the environment, since the configuration says it: {told}", file=sys.stderr, flush=True)
+    with own_settings():
         return Accelerator(
             mixed_precision=training.mixed_precision,
             log_with=None if training.tracker == "none" else training.tracker,
             project_dir=str(folder),
         )
-
-
-@contextmanager
-def _own_settings() -> Iterator[None]:
-    """Hides from accelerate what ``accelerate launch`` or a shell has set of what the configuration decides: it would
-    divide gradients, compile networks or wrap them in silence. ValueError for what cannot be ignored: processes that
-    were started for DeepSpeed and its like.
-    """
-    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in ACCELERATE_KEEPS]
-    said = {name: os.environ[name] for name in names if os.environ[name].lower() not in _NEUTRAL}
-    for name in _OTHER_TRAINERS & said.keys():
-        raise ValueError(
-            f"{name}={said[name]}: expected processes that share no model: unset it, or start them with torchrun; "
-            "training.sharding is how this trainer splits one"
-        )
-    if said and is_first_process():
-        told = ", ".join(f"{name}={value}" for name, value in said.items())
-        print(f"ignored from the environment, since the configuration says it: {told}", file=sys.stderr, flush=True)
-    hidden = {name: os.environ.pop(name) for name in names}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 def check_processes(accelerator: Accelerator) -> None:
