@@ -81,7 +81,12 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out, "another process is encoding into this folder")
     if (out / INDEX_FILE).is_file():
-        require_same(read_index(out)["facts"], facts, str(out))
+        try:
+            index = read_index(out)
+        except ValueError as error:  # the shards know what they are, too
+            print(error, flush=True)
+        else:
+            require_same(index["facts"], facts, str(out))
     remove_leftovers(out)
 
     def stored(tensors: Tensors) -> Tensors:

@@ -35,6 +35,7 @@ from .tables import ROW_LIMIT
 INDEX_FILE = "index.json"
 UNCONDITIONAL_FILE = "unconditional.safetensors"
 FORMAT = 1
+ENCODE_AGAIN = "sid_train encode into the same folder makes it again, and leaves alone what is whole"
 
 Facts = dict[str, Any]
 """What a cache was made of, in JSON's types. None is written nowhere, and expected not to be there."""
@@ -114,20 +115,27 @@ def _written(facts: Facts) -> Facts:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """ValueError where there is none, or one that ``write_index`` did not write."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: has no {INDEX_FILE}: expected a folder that 'sid_train encode' finished")
-    content = read_json(path, TEXT_LIMIT)
+    try:
+        return _checked_index(read_json(path, TEXT_LIMIT), path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {ENCODE_AGAIN}") from None
+
+
+def _checked_index(content: Any, path: Path) -> dict[str, Any]:
     expected = {"facts": dict, "unconditional": str, "prompts": list, "pairs": list}
     if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in expected.items()):
-        raise ValueError(f"{path}: not the index of a cache: encode into another folder")
+        raise ValueError(f"{path}: not the index of a cache")
     for shard in [{"file": content["unconditional"], "rows": 1}, *content["prompts"], *content["pairs"]]:
         name, rows = (shard.get("file"), shard.get("rows")) if isinstance(shard, dict) else (None, None)
         # No slash, so nothing outside of the folder is opened.
         if not isinstance(name, str) or re.fullmatch(r"[\w-]+\.safetensors", name) is None:
-            raise ValueError(f"{path}: expected the name of a shard, got {shown(repr(name), 60)}: encode it anew")
+            raise ValueError(f"{path}: expected the name of a shard, got {shown(repr(name), 60)}")
         if type(rows) is not int or not 0 < rows <= ROW_LIMIT:
-            raise ValueError(f"{path}: {name}: expected a number of rows, got {shown(repr(rows), 60)}: encode it anew")
+            raise ValueError(f"{path}: {name}: expected a number of rows, got {shown(repr(rows), 60)}")
     return content
 
 
@@ -193,10 +201,7 @@ class Shards:
     def _verify(self, number: int) -> None:
         """Each file once, when something is first read of it: a cache may have hundreds of gigabytes."""
         if number not in self._verified:
-            try:
-                verify(self.files[number])
-            except DamagedFile as error:
-                raise ValueError(f"{error}. sid_train encode into the same folder encodes it again") from None
+            _require_whole(self.files[number])
             self._verified.add(number)
 
 
@@ -243,12 +248,19 @@ class Cache:
     def unconditional(self, kind: Unconditional) -> Conditioning:
         """The embedding of no text, a single row."""
         path = self.folder / self.index["unconditional"]
-        verify(path)
+        _require_whole(path)
         with _open_shard(path) as file:
             require_same(_facts_of(file), self.facts, str(path))
             prefix = f"{kind}."
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  # not a dict
             return Conditioning(**{name.removeprefix(prefix): file.get_tensor(name).clone() for name in names})
+
+
+def _require_whole(path: Path) -> None:
+    try:
+        verify(path)
+    except DamagedFile as error:
+        raise ValueError(f"{error}. {ENCODE_AGAIN}") from None
 
 
 def _conditioning(tensors: dict[str, Tensor]) -> Conditioning:

@@ -14,15 +14,22 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log, oldest first; none if there is no file. Lines that are none, torn by a crash or written by
     somebody else, are passed over.
     """
-    entries = []
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries, and how many lines are none."""
+    entries, others = [], 0
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            continue
+            entry = None
         if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
             entries.append(entry)
-    return entries
+        else:
+            others += bool(line)
+    return entries, others
 
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
@@ -33,7 +40,10 @@ def append_log(path: Path, entry: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def rewind_log(path: Path, iteration: int) -> None:
-    """Drops the entries after ``iteration``: a run that is continued repeats what came after its last checkpoint."""
-    kept = [entry for entry in read_log(path) if entry["iteration"] <= iteration]
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+def rewind_log(path: Path, iteration: int) -> int:
+    """Drops the entries after ``iteration``: a run that is continued repeats what came after its last checkpoint. Also
+    drops lines that are no entries, and returns their number.
+    """
+    entries, others = _read(path)
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries if entry["iteration"] <= iteration))
+    return others

@@ -77,7 +77,8 @@ class Progress(Callback):
 
     def on_start(self, run: Run) -> None:
         self.log = run.folder.log
-        rewind_log(self.log, run.iteration)
+        if dropped := rewind_log(self.log, run.iteration):
+            print(f"{self.log}: {dropped} line(s) that are no entries are dropped", file=sys.stderr, flush=True)
         self.started, self.first = time.monotonic(), run.iteration
         if sys.stderr.isatty():
             total = run.config.training.iterations

@@ -46,7 +46,15 @@ def forbidden_changes(stored: Config, config: Config) -> list[str]:
 
 
 def require_identity(facts: Facts, identity: Facts, config: Config, path: Path) -> None:
-    """ValueError where a checkpoint with ``facts`` was trained from another teacher or other data than ``identity``."""
+    """ValueError where a checkpoint with ``facts`` was trained from another teacher or other data than ``identity``, or
+    as another run than ``config`` continues.
+    """
+    made_with = config_of(facts, path)
+    if made_with is not None and (differ := forbidden_changes(made_with, config)):
+        raise ValueError(
+            f"{path}: the checkpoint is of a run with another configuration: {', '.join(differ)}: put this run's own "
+            "back, or remove it to continue from the one before"
+        )
     require_same_teacher(facts, str(identity["teacher"]), path)
     for name, source in (("prompts", config.data.prompts), ("pairs", config.data.pairs or "nothing")):
         there, here = facts.get(name, identity[name]), identity[name]

@@ -18,6 +18,7 @@ from ..files.atomic import remove_leftovers, sync_folder, write_text
 from ..files.hashing import file_sha256
 from ..files.locks import lock_folder
 from ..files.logs import read_log
+from ..files.reading import read_json
 from ..files.tensors import DamagedFile
 from ..method.methods import METHODS
 from ..models.adapters import adapter_from_state
@@ -119,10 +120,12 @@ class RunFolder:
     def sha256(self, path: Path) -> str:
         """SHA-256 of the teacher's file, hex: what ``remember_teacher`` kept of the very same file, or computed."""
         try:
-            kept = json.loads(self._teacher.read_text(encoding="utf-8"))
+            kept = read_json(self._teacher)
         except (OSError, ValueError):  # there is none, or it is torn
-            return file_sha256(path)
-        return str(kept["sha256"]) if kept.get("file") == _identity(path) else file_sha256(path)
+            kept = None
+        if isinstance(kept, dict) and kept.get("file") == _identity(path) and isinstance(kept.get("sha256"), str):
+            return kept["sha256"]
+        return file_sha256(path)
 
     def remember_teacher(self, path: Path, sha256: str) -> None:
         """Keeps the hash of a file of several gigabytes beside the run, so that it is read once."""
@@ -233,7 +236,12 @@ class RunFolder:
         teacher: where the run's teacher is now, if it was moved
         """
         config, path = self.read_config(), self.generator_file(iteration)
-        verify_checkpoint(path)
+        try:
+            verify_checkpoint(path)
+        except DamagedFile as error:
+            raise DamagedFile(
+                f"{error}: export another --iteration, or let distill continue and write it anew"
+            ) from None
         try:
             model = open_teacher(replace(config.model, teacher=teacher or config.model.teacher))
         except ValueError as error:

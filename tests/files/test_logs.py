@@ -13,6 +13,6 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
     append_log(log, {"iteration": 2, "loss": 0.25})
     append_log(log, {"iteration": 3, "loss": 0.25})
     assert [entry["iteration"] for entry in read_log(log)] == [1, 2, 3]
-    rewind_log(log, 2)
+    assert rewind_log(log, 2) == 8
     assert log.read_text() == '{"iteration": 1, "loss": 0.5}\n{"iteration": 2, "loss": 0.25}\n'
     assert read_log(tmp_path / "none") == []

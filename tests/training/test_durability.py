@@ -147,6 +147,15 @@ def test_prompts_are_what_is_in_them(run, fourth, tmp_path):
     assert folder.read_config().data.prompts == str(moved)
 
 
+def test_a_checkpoint_of_another_run_is_refused(run, whole, tmp_path):
+    folder, config = run
+    other = config_of(f"data.prompts={whole / 'prompts.txt'}", "training.seed=5", iterations=1)
+    Trainer(other, tmp_path / "other").run()
+    shutil.copy(RunFolder(tmp_path / "other").last_checkpoint(), folder.last_checkpoint())
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: .* another configuration: training.seed \(was 5"):
+        Trainer(config, folder.path)
+
+
 def test_what_may_change_is_said(run, capsys):
     folder, config = run
     Trainer(config_of(f"data.prompts={config.data.prompts}", "optimizer.generator_lr=1e-5"), folder.path).run()
