@@ -19,10 +19,10 @@ if "avif" in features.modules and features.check_module("avif"):  # since Pillow
     SUFFIXES += (".avif",)
 else:
     UNREAD_SUFFIXES += (".avif",)
-PIXEL_LIMIT = 1 << 27
-"""Pixels of a picture, 134 megapixels: half a gigabyte in RGB, and 2 GB while a WebP is decoded. A file of some
+PIXEL_LIMIT = 1 << 26
+"""Pixels of a picture, 67 megapixels, more than a 35 mm camera has: 1 GB while a WebP is decoded. A file of some
 kilobytes can claim any number."""
-PICTURE_LIMIT = 1 << 30
+PICTURE_LIMIT = 1 << 28
 """Bytes of a picture's file."""
 GROUND = "white"
 """What shows through transparent pixels."""
