@@ -99,6 +99,7 @@ class Trainer:
         self.folder.remove_leftovers()
         for path in self._damaged:
             self._tell(f"{path} is set aside: {self.folder.set_aside(path)}")
+        self.folder.drop_old_checkpoints(self.config.training.keep_checkpoints)  # as a killed process could not
         checkpoint = self.folder.last_checkpoint()
         there = 0 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
         if there != self.iteration:
