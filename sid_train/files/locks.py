@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,4 +19,7 @@ def lock_folder(path: Path, who: str) -> FileLock:
         raise ValueError(f"{path}: {who}: wait until it ends, or choose another --out") from None
     except NotImplementedError:  # a file system without locks: nobody can hold one there
         pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise ValueError(f"{path}: cannot be written into ({error.strerror}): choose another --out") from None
     return lock

@@ -27,6 +27,7 @@ class Run(Protocol):
     """What a callback may ask of a run.
 
     iteration: finished ones
+    gradient_norms: of the last update of each network, before clipping
     images_seen: generated for training so far, over all ranks
     """
 
@@ -35,6 +36,7 @@ class Run(Protocol):
     bundle: ModelBundle
     prompts: PromptTable
     iteration: int
+    gradient_norms: dict[str, float]
 
     @property
     def images_seen(self) -> int: ...
@@ -97,7 +99,8 @@ class Progress(Callback):
         rate = (run.iteration - self.first) / elapsed
         images_per_second = rate * run.config.training.batch_size
         entry = {"iteration": run.iteration, "images": run.images_seen, "losses": means}
-        append_log(self.log, entry | {"images_per_second": images_per_second})
+        entry |= {"gradient_norms": dict(run.gradient_norms), "images_per_second": images_per_second}
+        append_log(self.log, entry)
         run.track(means | {"images_per_second": images_per_second})
         text = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         if self.bar is not None:
