@@ -66,7 +66,12 @@ def put_folder(temporary: Path, path: Path) -> None:
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-    _patiently(lambda: os.rename(temporary, path))
+    try:
+        _patiently(lambda: os.rename(temporary, path))
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -78,10 +83,14 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what processes that were killed left half written in ``folder``. To be called by whoever holds the lock
-    of the folder: nothing in it is being written.
+    of the folder: only what has no lock, such as an export, may be writing into it.
     """
     for path in folder.glob(".*.tmp"):
-        if _LEFTOVER.search(path.name) or _OLD_LEFTOVER.search(path.name):
+        made = _LEFTOVER.search(path.name)
+        # An export into the folder may be under way, which holds no lock.
+        if made and made["host"] == _HOST and _is_another(int(made["pid"])):
+            continue
+        if made or _OLD_LEFTOVER.search(path.name):
             _remove(path)
 
 
@@ -98,6 +107,11 @@ def temporary_path(path: Path) -> Path:
 
 def _escaped(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_another(pid: int) -> bool:
+    """Whether it is a process that runs, and not this one."""
+    return pid != os.getpid() and _is_alive(pid)
 
 
 def _is_alive(pid: int) -> bool:

@@ -13,7 +13,8 @@ class _Stream:
     """A stream that nobody may read any more: from the first failure on, what is written goes nowhere."""
 
     def __init__(self, stream: Any):
-        self._stream = stream
+        # There is none where a daemon was started with closed streams.
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .atomic import write_text
 
@@ -34,10 +34,17 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def append_log(path: Path, entry: dict[str, Any]) -> None:
     """One more entry, which is on the disk before a checkpoint counts on it."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with open(path, "ab+") as file:
+        if file.tell() and not _ends_a_line(file):  # of a write that found no room
+            file.write(b"\n")
+        file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
 
 
 def rewind_log(path: Path, iteration: int) -> int:

@@ -182,9 +182,16 @@ def verify(path: Path) -> bool:
     is not whole.
     """
     try:
-        metadata = read_header(path).metadata
-    except ValueError as error:
+        with reading(path, "a whole safetensors file"):
+            return _verify(path)
+    except DamagedFile:
+        raise
+    except ValueError as error:  # also of a disk that cannot read it
         raise DamagedFile(str(error)) from None
+
+
+def _verify(path: Path) -> bool:
+    metadata = read_header(path).metadata
     key = CHECKSUM_KEY if CHECKSUM_KEY in metadata else HASH_KEY
     if key not in metadata:
         return False

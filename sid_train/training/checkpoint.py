@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,12 +101,17 @@ def save_sharded_checkpoint(
     if accelerator.is_main_process:
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    with _checkpoint_errors(folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may write a folder as well
-        save(
-            state_of(networks, optimizers, generators),
-            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-        )
+    try:
+        with _checkpoint_errors(folder), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may write a folder as well
+            save(
+                state_of(networks, optimizers, generators),
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+            )
+    except ValueError:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)  # half of it would stay on a full disk
+        raise
     accelerator.wait_for_everyone()
     files = sorted(temporary.glob("*.safetensors"))
     if len(files) != accelerator.num_processes:
@@ -246,16 +252,17 @@ def verify_checkpoint(path: Path) -> None:
         read_facts(path)
         return
     try:
-        content = read_json(path / FACTS_FILE)
-        read_facts(path)
-        checksum, hashes = content.pop(CHECKSUM, None), content.get("sha256", {})
+        with reading(path, "a checkpoint's folder"):
+            content = read_json(path / FACTS_FILE)
+            read_facts(path)
+            checksum, hashes = content.pop(CHECKSUM, None), dict(content.get("sha256", {}))
+            if checksum is not None and checksum != _checksum(content):
+                raise ValueError(f"{path / FACTS_FILE}: the file is damaged: it has another SHA-256 than it says")
+            for name, expected in hashes.items():
+                if not (path / name).is_file() or file_sha256(path / name) != expected:
+                    raise ValueError(f"{path / name}: the file is missing or damaged: expected SHA-256 {expected}")
     except (OSError, ValueError) as error:
         raise DamagedFile(str(error)) from None
-    if checksum is not None and checksum != _checksum(content):
-        raise DamagedFile(f"{path / FACTS_FILE}: the file is damaged: it has another SHA-256 than it says")
-    for name, expected in hashes.items():
-        if not (path / name).is_file() or file_sha256(path / name) != expected:
-            raise DamagedFile(f"{path / name}: the file is missing or damaged: expected SHA-256 {expected}")
 
 
 def _open_folder(folder: Path) -> tuple[HuggingFaceStorageReader, Metadata]:

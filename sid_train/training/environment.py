@@ -14,13 +14,15 @@ KEEPS = {
     "ACCELERATE_LOG_LEVEL",
     "ACCELERATE_DEBUG_MODE",
 }
-_NEUTRAL = {"", "no", "none", "false", "0", "1", "default"}
+_NEUTRAL = {"", "no", "none", "false", "0", "default"}
 _OTHER_TRAINERS = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"}
 
 
 def foreign_settings() -> dict[str, str]:
     """Variables that ``accelerate launch`` or a shell has set to something that would change a run."""
-    return {name: value for name, value in _accelerates().items() if value.lower() not in _NEUTRAL}
+    neutral = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"", "1"}}
+    found = _accelerates().items()
+    return {name: value for name, value in found if value.lower() not in neutral.get(name, _NEUTRAL)}
 
 
 def other_trainers() -> dict[str, str]:

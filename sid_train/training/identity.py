@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import FREE_KEYS, SOURCE_KEYS, Config, config_from_dict
 from ..data.cache import prompts_digest
+from ..files.reading import reading
 from ..models.bundle import ModelBundle
 from ..models.conditioning import PairSource
 from .checkpoint import Facts
@@ -26,11 +27,12 @@ def config_of(facts: Facts, path: Path) -> Config | None:
     """The configuration that a checkpoint at ``path`` was made with; None where it is older than that fact."""
     if "config" not in facts:
         return None
-    tables: dict[str, dict] = {}
-    for key, value in json.loads(str(facts["config"])).items():
-        section, _, name = key.partition(".")
-        tables.setdefault(section, {})[name] = value
-    return config_from_dict(tables, str(path))
+    with reading(path, "a checkpoint that knows its configuration"):
+        tables: dict[str, dict] = {}
+        for key, value in json.loads(str(facts["config"])).items():
+            section, _, name = key.partition(".")
+            tables.setdefault(section, {})[name] = value
+        return config_from_dict(tables, str(path))
 
 
 def changes(stored: Config, config: Config) -> list[str]:
@@ -42,6 +44,8 @@ def changes(stored: Config, config: Config) -> list[str]:
 def forbidden_changes(stored: Config, config: Config) -> list[str]:
     """Those of ``changes`` with which it would be another run."""
     allowed = FREE_KEYS | SOURCE_KEYS
+    if bool(stored.model.init_generator) != bool(config.model.init_generator):
+        allowed = allowed - {"model.init_generator"}
     return [change for change in changes(stored, config) if change.partition(" ")[0] not in allowed]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,8 +102,11 @@ class RunFolder:
             return None, str(error)
 
     def _checkpoint_config(self) -> Config | None:
-        path = self.last_checkpoint()
-        return None if path is None else config_of(read_facts(path), path)
+        for path in reversed(self.checkpoints()):
+            with suppress(ValueError, OSError):  # a damaged one, of which a run that continues tells
+                verify_checkpoint(path)
+                return config_of(read_facts(path), path)
+        return None
 
     # -- one process at a time -------------------------------------------------------------------------------------
 
@@ -136,7 +141,9 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Those that are there, oldest first: files, or folders of a sharded run."""
         last = [self._checkpoint] if self._checkpoint.is_file() else []
-        return sorted(self._checkpoint_folder.glob("[0-9]*")) + last
+        found = self._checkpoint_folder.glob("[0-9]*")
+        ours = [path for path in found if re.fullmatch(r"\d{7,}(\.safetensors|\.replaced)?", path.name)]
+        return sorted(ours, key=lambda path: (int(path.name.partition(".")[0]), path.name)) + last
 
     def last_checkpoint(self) -> Path | None:
         """The newest; None if there is none yet."""
@@ -169,7 +176,11 @@ class RunFolder:
         """Gives the last one a name that the next one does not take; a folder has its own."""
         if not self._checkpoint.is_file():
             return
-        iteration = int(read_facts(self._checkpoint)["iteration"])
+        try:
+            iteration = int(read_facts(self._checkpoint)["iteration"])
+        except ValueError:  # damaged since it was written: there is nothing to keep
+            self.set_aside(self._checkpoint)
+            return
         self._checkpoint_folder.mkdir(exist_ok=True)
         name = self._checkpoint_folder / f"{iteration:07d}.safetensors"
         name.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -44,7 +45,7 @@ from .distributed import (
     step_generator,
 )
 from .guard import NormGuard
-from .identity import identity_of, require_identity
+from .identity import config_of, identity_of, require_identity
 from .run import RunFolder, make_recipe
 from .setup import learning_rate, set_up
 from .update import RankPasses, run_update
@@ -72,6 +73,7 @@ class Trainer:
         self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng, self.guard)
         self.iteration = 0  # finished ones
         self.gradient_norms: dict[str, float] = {}
+        self._steps = 0  # taken since the last checkpoint
         self._damaged: list[Path] = []
         self._continue_or_claim(changed)
         every = [Progress(training.log_every), *(callbacks or [])]
@@ -99,7 +101,7 @@ class Trainer:
         self.folder.remove_leftovers()
         for path in self._damaged:
             self._tell(f"{path} is set aside: {self.folder.set_aside(path)}")
-        self.folder.drop_old_checkpoints(self.config.training.keep_checkpoints)  # as a killed process could not
+        self._drop_old_checkpoints()  # as a killed process could not
         checkpoint = self.folder.last_checkpoint()
         there = 0 if checkpoint is None else int(read_facts(checkpoint)["iteration"])
         if there != self.iteration:
@@ -114,7 +116,10 @@ class Trainer:
         self._reporting("training.tracker", self._start_tracker)
         last_save = self.iteration
         for callback in list(self.callbacks):
-            if not self._reporting(type(callback).__name__, callback.on_start, self):
+            works = self._reporting(type(callback).__name__, callback.on_start, self)
+            if callback.every_rank:  # all samples are made together
+                works = not any_rank(self.accelerator, not works)
+            if not works:
                 self.callbacks.remove(callback)
         with _StopOnSignal() as stop:
             while self.iteration < training.iterations:
@@ -154,6 +159,7 @@ class Trainer:
             except NonFiniteError as error:
                 raise NonFiniteError(f"iteration {self.iteration + 1}: {error}") from None
             self.gradient_norms[update.network] = figures.norm
+            self._steps += not figures.refused
             if figures.refused:
                 self._tell(f"iteration {self.iteration + 1}: a step of the {update.name} is skipped: {figures.refused}")
             for name, value in figures.losses.items():
@@ -163,16 +169,14 @@ class Trainer:
         return {name: sum(values) / len(values) for name, values in logged.items()}
 
     def _after_non_finite(self) -> str:
-        """Where the run goes on after it stopped at a value that is not finite, and with what. A checkpoint from whose
-        very state that happened would only lead there again.
-        """
+        """Where the run goes on after it stopped at a value that is not finite, and with what."""
 
         def state() -> str:
             last = self.folder.last_checkpoint()
             if last is None:
                 return "There is no checkpoint yet: the run starts again"
             told = ""
-            if int(read_facts(last)["iteration"]) == self.iteration and self._lock is not None:
+            while last is not None and self._lock is not None and self._is_ruined(read_facts(last), last):
                 place = self.folder.set_aside(last)
                 told = f"The checkpoint of iteration {self.iteration}, from which it came, is set aside ({place}). "
                 last = self.folder.last_checkpoint()
@@ -181,9 +185,21 @@ class Trainer:
             return f"{told}The run continues from iteration {read_facts(last)['iteration']}, {last}"
 
         return (
-            f"No weight was changed by it. {on_first_rank(self.accelerator, state)} with the same command: lower "
+            f"No step was taken with it. {on_first_rank(self.accelerator, state)} with the same command: lower "
             "optimizer.generator_lr and optimizer.fake_score_lr in it, or set optimizer.clip_norm, which it may change."
         )
+
+    def _is_ruined(self, facts: Facts, path: Path) -> bool:
+        """Whether the checkpoint would only lead to the same end again: it came from its very state, or in the first
+        iteration after it, with learning rates that are no higher than those that it was made with.
+        """
+        if int(facts["iteration"]) != self.iteration:
+            return False
+        made, now = config_of(facts, path), self.config.optimizer
+        lower = made is not None and all(
+            getattr(now, name) <= getattr(made.optimizer, name) for name in ("generator_lr", "fake_score_lr")
+        )
+        return not self._steps or lower
 
     def _set_learning_rates(self) -> None:
         optimizer, total = self.config.optimizer, self.config.training.iterations
@@ -201,8 +217,6 @@ class Trainer:
         try:
             act(*args)
         except Exception as error:
-            if isinstance(error, NonFiniteError | Interrupted):
-                raise
             if what not in self._failed:
                 self._failed.add(what)
                 reason = shown(str(error) or type(error).__name__)
@@ -256,20 +270,29 @@ class Trainer:
         """
         path = self.folder.new_checkpoint(self.iteration, self._in_parts)
         try:
-            if not self._in_parts and self.is_main_process:
-                self.folder.keep_last_checkpoint()
+            if not self._in_parts:
+                on_first_rank(self.accelerator, self.folder.keep_last_checkpoint)
             self._write(path, *self._state())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"{path}: the checkpoint of iteration {self.iteration} could not be written: {error.strerror}. The one "
+                f"{path}: the checkpoint of iteration {self.iteration} could not be written: {shown(error)}. The one "
                 "before is whole: make room, and the same command continues from it"
             ) from error
+        self._steps = 0
         if self.is_main_process:  # not before: there is a whole checkpoint at any time
-            self.folder.drop_old_checkpoints(self.config.training.keep_checkpoints)
+            self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
+        keep = self.config.training.keep_checkpoints
+        self._reporting("removing older checkpoints", self.folder.drop_old_checkpoints, keep)
 
     def _save_snapshot(self) -> None:
         """The averaged generator alone, to go back to: a run does not always end at its best."""
-        self._write(self.folder.snapshot(self.iteration, self._in_parts), {AVERAGE: self.ema.average}, {}, {})
+        path = self.folder.snapshot(self.iteration, self._in_parts)
+        try:
+            self._write(path, {AVERAGE: self.ema.average}, {}, {})
+        except (OSError, ValueError) as error:
+            self._tell(f"warning: the snapshot {path} could not be written, and training goes on: {shown(error)}")
 
     @property
     def _in_parts(self) -> bool:
@@ -284,9 +307,8 @@ class Trainer:
             )
         if self._in_parts:
             save_sharded_checkpoint(self.accelerator, path, networks, optimizers, generators, facts)
-        elif self.is_main_process:
-            save_checkpoint(path, networks, optimizers, generators, facts)
-        self.accelerator.wait_for_everyone()
+        else:
+            on_first_rank(self.accelerator, lambda: save_checkpoint(path, networks, optimizers, generators, facts))
 
     def _continue_or_claim(self, changed: list[str]) -> None:
         """Loads the last good checkpoint, and makes the folder this run's. Not before everything else accepted the
@@ -340,7 +362,9 @@ class _StopOnSignal:
 
     def __enter__(self) -> _StopOnSignal:
         self.requested = False
-        self.previous = [signal.signal(s, self._request) for s in self.SIGNALS]
+        # nohup asks that a lost connection is nothing.
+        heard = [s for s in self.SIGNALS if s == signal.SIGINT or signal.getsignal(s) is not signal.SIG_IGN]
+        self.previous = {s: signal.signal(s, self._request) for s in heard}
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -349,8 +373,9 @@ class _StopOnSignal:
                 raise KeyboardInterrupt
             return
         self.requested = True
-        print(f"\n{signal.Signals(number).name}: saving after this iteration ...", flush=True)
+        with suppress(Exception):  # it may have come in the middle of a print
+            print(f"\n{signal.Signals(number).name}: saving after this iteration ...", flush=True)
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in zip(self.SIGNALS, self.previous, strict=True):
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
