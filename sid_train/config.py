@@ -14,8 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from . import configs
 from .core.recipe import Unconditional
 from .data.config import DataConfig
-from .files.header import other_kind
-from .files.reading import read_text, reading, shown
+from .files.reading import other_kind, read_text, reading, shown
 from .method.config import GANConfig, MethodConfig
 from .method.methods import METHODS
 from .models.adapter_config import AdapterConfig
@@ -249,7 +248,7 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            reason = other_kind(text[:8].encode()) or error
+            reason = other_kind(text[:50].encode()) or error
             raise ValueError(f"{shown(path)}: not valid TOML: {shown(reason)}") from None
         for name, table in values.items():
             if not isinstance(table, dict):

@@ -13,11 +13,12 @@ from ..core.rng import BatchRNG
 from ..data.cache import Cache, model_facts, prompt_facts
 from ..data.lengths import measure
 from ..data.pairs import load_pairs
-from ..data.rows import prompts_of
+from ..data.rows import encode_prompts, prompts_of
 from ..models.bundle import count_parameters
 from ..plan.estimate import GIB, Hardware, make_planner
 from ..plan.trace import encodes_pairs, makes_pictures
 from ..training.checkpoint import read_facts
+from ..training.environment import require_no_other_trainer
 from ..training.identity import identity_of, require_identity
 from ..training.run import RunFolder
 from ..training.setup import adam_class, load_init_generator, require_diffusion_model
@@ -34,6 +35,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
     changed = folder.require_config(config)
     adam_class(config.optimizer.kind)
     _check_tracker(config.training.tracker)
+    require_no_other_trainer()
     if config.training.clip_model:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 
@@ -59,9 +61,12 @@ def describe_run(config: Config, run_dir: Path) -> str:
         bundle.file_hash = folder.sha256(bundle.weights)  # read for the cache's facts alone
         cache = Cache(Path(config.data.cache))
         cache.expect(model_facts(bundle) | prompt_facts(prompts, lengths))
-        cond, source = cache.prompts().read([0]), "from the cache"
+        rows = cache.prompts()
+        rows.shards.verify()
+        cache.unconditional(config.model.unconditional)
+        cond, source = rows.read([0]), "from the cache"
     else:
-        cond, source = bundle.conditioner.encode(prompts[:1]), "encoded now"
+        cond, source = encode_prompts(bundle.conditioner, prompts[:1]), "encoded now"
     told = ", ".join(f"{name} {_shape(tensor.shape)}" for name, tensor in cond.tensors.items())
     facts += [
         ("prompts", f"{len(prompts)}, {lengths}" if lengths.longer else str(len(prompts))),
@@ -90,7 +95,7 @@ def describe_run(config: Config, run_dir: Path) -> str:
         ("iterations", f"{training.iterations:,} of batch {training.batch_size}, in {training.accumulate} part(s)"),
         ("run", f"continues {run_dir} from iteration {start}" if start else f"starts in {run_dir}"),
         *(("run", change) for change in changed),
-        ("disk", _check_disk(config, run_dir)),
+        ("disk", _check_disk(config, folder)),
     ]
     width = max(len(name) for name, _ in facts)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in facts), "Nothing was trained or written."])
@@ -108,16 +113,18 @@ def _check_tracker(name: str) -> None:
         raise ValueError("training.tracker: wandb has no login here: wandb login, or WANDB_MODE=offline")
 
 
-def _check_disk(config: Config, run_dir: Path) -> str:
+def _check_disk(config: Config, folder: RunFolder) -> str:
     """What the run keeps and what is free. ValueError where it cannot write or has no room."""
-    place = run_dir.absolute()
+    place = folder.path.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"--out: {place}: expected a folder that can be written into")
     plan = make_planner(config).plan(config, Hardware(1, 1, 0))
-    needed, free = plan.checkpoint * (config.training.keep_checkpoints + 1) + plan.snapshots, disk_usage(place).free
-    told = f"{needed / GIB:,.1f} GiB for checkpoints and snapshots, {free / GIB:,.1f} GiB free in {place}"
+    there = sum(file.stat().st_size for path in folder.kept() for file in (path, *path.rglob("*")) if file.is_file())
+    needed = max(plan.checkpoint * (config.training.keep_checkpoints + 1) + plan.snapshots - there, plan.checkpoint)
+    free = disk_usage(place).free
+    told = f"{needed / GIB:,.1f} GiB more for checkpoints and snapshots, {free / GIB:,.1f} GiB free in {place}"
     if needed > free:
         raise ValueError(f"--out: {told}: make room, or lower training.keep_checkpoints or training.snapshot_every")
     return told

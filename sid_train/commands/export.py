@@ -52,7 +52,12 @@ def export_any(
     else:
         folder = RunFolder(source)
         extracts = format_ == "lora" and not folder.read_config().adapter.rank
-        generator = folder.open_generator(iteration, None if extracts else base)
+        try:
+            generator = folder.open_generator(iteration, None if extracts else base)
+        except ValueError:
+            if not (extracts and base):
+                raise
+            generator = folder.open_generator(iteration, base)  # it was moved, and is what to extract against too
         under = open_model(base) if base else generator.model
         refuse_to_overwrite(path, [*folder.checkpoints(), folder.snapshot(0, sharded=False).parent])
         warnings = []

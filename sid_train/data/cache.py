@@ -84,7 +84,10 @@ def require_same(found: Facts, expected: Facts, where: str) -> None:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], facts: Facts) -> None:
-    """The whole file, with its hash, or none of it."""
+    """The whole file, with its hash, or none of it. ValueError for a value that is not finite: fp16 holds 65,504."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite in {tensor.dtype}: encode it in another --dtype")
     stored = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
     write_tensors(path, stored, {"facts": json.dumps(_written(facts), sort_keys=True)}, checksum=True)
 
@@ -190,6 +193,11 @@ class Shards:
                         if shards[k] == number:
                             at = int(self.position[rows[k]])
                             found.setdefault(name, []).append(part[at : at + 1])
+        for name, parts in found.items():
+            for k, part in zip(order, parts, strict=True):
+                if part.is_floating_point() and not part.isfinite().all():
+                    shard = self.files[int(shards[k])]
+                    raise ValueError(f"{shard}: {name} of row {rows[k]} is not finite: encode into another folder")
         back = torch.argsort(torch.tensor(order))
         return {name: join(parts)[back] for name, parts in found.items()}
 

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from .tables import other_kind
+from ..files.reading import other_kind
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """Pillow's names of what is read. It knows more, and runs Ghostscript for one of them."""

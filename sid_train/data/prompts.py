@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,9 +64,14 @@ def _texts(source: str, dropped: Dropped) -> Iterator[str]:
         raise ValueError(f"{SETTING}: expected {EXPECTED}, got {shown(repr(source))}: rename it to what it is")
 
 
+def _is_caption(path: Path) -> bool:
+    """Not README.txt, README.en.txt, LICENSE-MODEL.txt and their like."""
+    return re.split(r"[._-]", path.stem.lower())[0] not in NOT_CAPTIONS
+
+
 def _in_folder(folder: Path, dropped: Dropped) -> Iterator[str]:
     files = walk(folder, dropped)
-    captions = [p for p in files if suffix_of(p) in (".txt", ".caption") and p.stem.lower() not in NOT_CAPTIONS]
+    captions = [p for p in files if suffix_of(p) in (".txt", ".caption") and _is_caption(p)]
     kind = next((kind for kind in TABLES if any(suffix_of(path) == kind for path in files)), "")
     used = captions or [path for path in files if suffix_of(path) == kind]
     for path in sorted({*files} - {*used}):

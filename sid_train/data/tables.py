@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import reading as files
-from ..files.reading import TEXT_LIMIT, reading, require_file, shown
+from ..files.reading import TEXT_LIMIT, other_kind, reading, require_file, shown
 from .captions import CAPTION_LIMIT, OTHER_KEYS, TEXT_KEYS, text_key
 from .entries import Dropped
 
@@ -39,15 +39,6 @@ def read_lines(path: Path) -> list[str]:
     those from PDF files a form feed.
     """
     return read_text(path).removesuffix("\n").split("\n")
-
-
-def other_kind(first: bytes) -> str:
-    """What came instead of a file that was to be downloaded, told by its first bytes; "" for neither."""
-    if first.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, and the file itself was not downloaded (git lfs pull)"
-    if first.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page: the download went wrong; download it again"
-    return ""
 
 
 def read_records(path: Path, setting: str, dropped: Dropped) -> Iterator[Record]:

@@ -20,6 +20,7 @@ from ..core.timesteps import timestep_ladder
 from ..files.atomic import replacing, write_text
 from ..files.console import unbreakable_output
 from ..files.logs import append_log, rewind_log
+from ..files.reading import read_json, reading
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
 from ..models.digits.model import ARCHITECTURE
@@ -141,10 +142,12 @@ def _decide_iterations(config: Config, out: Path, minutes: float | None) -> int:
         raise ValueError(f"--minutes: expected more than 0, got {minutes:g}")
     path = out / "iterations.json"
     if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["minutes"] != minutes:
-            raise ValueError(f"--minutes: {out} holds a run of {kept['minutes']:g} minutes, not {minutes:g}")
-        return kept["iterations"]
+        with reading(path, "what 'demo --minutes' wrote"):
+            kept = read_json(path)
+            its_minutes, iterations = float(kept["minutes"]), int(kept["iterations"])
+        if its_minutes != minutes:
+            raise ValueError(f"--minutes: {out} holds a run of {its_minutes:g} minutes, not {minutes:g}")
+        return iterations
     if (out / "run").exists():
         raise ValueError(f"--minutes: {out} holds a run that was started without it: choose another --out")
     iterations = int((minutes * 60 - OTHER_SECONDS) / _seconds_per_iteration(config))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .reading import reading, require_file, shown
+from .reading import other_kind, reading, require_file, shown
 
 HEADER_LIMIT = 25_000_000
 """Bytes. The format allows four times as much, but that takes gigabytes to parse, and SDXL's own takes 0.4 MB."""
@@ -51,7 +51,7 @@ def read_header(path: str | Path) -> Header:
                 raise ValueError(f"it has {found} bytes: copy or download it again")
             (size,) = struct.unpack("<Q", first)
             if size > HEADER_LIMIT:
-                raise ValueError(other_kind(first) or f"its header is said to have {size:,} bytes")
+                raise ValueError(other_kind(first + file.read(42)) or f"its header is said to have {size:,} bytes")
             text = file.read(size)
         if len(text) < size:
             raise _cut_off(path, 8 + size, found)
@@ -78,17 +78,6 @@ def read_header(path: str | Path) -> Header:
 def read_safetensors_metadata(path: str | Path) -> dict[str, str]:
     """The ``__metadata__`` of a safetensors file (see ``read_header``)."""
     return read_header(path).metadata
-
-
-def other_kind(first: bytes) -> str:
-    """What the first bytes of a file say that it is; "" for none of what users have instead."""
-    if first == b"version ":
-        return "it is a Git LFS pointer, and the file itself was not downloaded (git lfs pull)"
-    if first.lstrip().startswith(b"<"):
-        return "it is a web page: the download went wrong; download it again"
-    if first.startswith((b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        return "it is a pickle or an archive (.ckpt, .pt, .zip): convert it first"
-    return ""
 
 
 def _cut_off(path: str | Path, expected: int, found: int) -> ValueError:

@@ -50,6 +50,17 @@ def reading(path: str | Path, expected: str) -> Iterator[None]:
         raise ValueError(f"{shown(path)}: expected {expected}, but it cannot be read: {shown(reason)}") from error
 
 
+def other_kind(first: bytes) -> str:
+    """What came instead of a file that was to be downloaded, told by its first 50 bytes; "" for none of those."""
+    if first.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, and the file itself was not downloaded (git lfs pull)"
+    if first.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page: the download went wrong; download it again"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
+        return "it is a pickle or an archive (.ckpt, .pt, .zip): convert it first"
+    return ""
+
+
 def require_file(path: str | Path, limit: int | None = None) -> int:
     """The size in bytes of a regular file; what a link leads to counts. ValueError for a pipe or a device, which may
     never end, and for more than ``limit`` bytes; OSError where there is none.

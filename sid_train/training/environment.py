@@ -30,16 +30,21 @@ def other_trainers() -> dict[str, str]:
     return {name: value for name, value in foreign_settings().items() if name in _OTHER_TRAINERS}
 
 
-@contextmanager
-def own_settings() -> Iterator[None]:
-    """Hides from accelerate, inside, all that it is not to take: it would divide gradients, compile networks or wrap
-    them in silence. ValueError where ``other_trainers`` has something.
-    """
+def require_no_other_trainer() -> None:
+    """ValueError where ``other_trainers`` has something."""
     for name, value in other_trainers().items():
         raise ValueError(
             f"{name}={value}: expected processes that share no model: unset it, or start them with torchrun; "
             "training.sharding is how this trainer splits one"
         )
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Hides from accelerate, inside, all that it is not to take: it would divide gradients, compile networks or wrap
+    them in silence. ValueError as ``require_no_other_trainer``.
+    """
+    require_no_other_trainer()
     hidden = _accelerates()
     for name in hidden:
         del os.environ[name]

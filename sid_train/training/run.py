@@ -145,6 +145,10 @@ class RunFolder:
         ours = [path for path in found if re.fullmatch(r"\d{7,}(\.safetensors|\.replaced)?", path.name)]
         return sorted(ours, key=lambda path: (int(path.name.partition(".")[0]), path.name)) + last
 
+    def kept(self) -> list[Path]:
+        """All checkpoints and snapshots, files or folders."""
+        return self.checkpoints() + sorted(self._snapshots.glob("[0-9]*"))
+
     def last_checkpoint(self) -> Path | None:
         """The newest; None if there is none yet."""
         found = self.checkpoints()

@@ -60,7 +60,7 @@ def foreign_imports(source: str, depth: int) -> list[str]:
             found += [a.name for a in node.names if a.name.partition(".")[0] not in ALLOWED]
         elif isinstance(node, ast.ImportFrom):
             name = "." * node.level + (node.module or "")
-            inside = 1 <= node.level <= depth + 1 or name == "." * (depth + 2) + "files.header"
+            inside = 1 <= node.level <= depth + 1 or name.lstrip(".") in ("files.header", "files.reading")
             if not inside and (node.level or name.partition(".")[0] not in ALLOWED):
                 found.append(name)
     return found
