@@ -129,6 +129,22 @@ def test_a_lost_configuration_is_the_checkpoints(run, content, capsys):
     assert folder.config_file.read_text() == before
 
 
+def test_a_configuration_that_is_lost_with_the_last_checkpoint_is_that_of_the_one_before(run):
+    folder, config = run
+    folder.config_file.unlink()
+    folder.last_checkpoint().write_bytes(b"")
+    trainer = Trainer(config_of(f"data.prompts={config.data.prompts}", iterations=3), folder.path)
+    assert trainer.iteration == 2
+
+
+def test_copies_that_a_user_keeps_are_no_checkpoints(run):
+    folder, config = run
+    copy = folder.path / "checkpoints" / "0000001-mine.safetensors"
+    shutil.copy(folder.last_checkpoint(), copy)
+    Trainer(config, folder.path).run()
+    assert copy.is_file()
+
+
 def test_a_claim_that_a_power_cut_tore_is_taken_again(tmp_path):
     (tmp_path / "config.toml").write_text("")
     assert Trainer(config_of(), tmp_path).iteration == 0
@@ -189,6 +205,14 @@ def test_a_run_that_ruined_its_weights_can_be_continued_with_the_advised_cure(tm
         assert advice in str(error.value)
     Trainer(config_of(), tmp_path).run()
     assert RunFolder(tmp_path).last_checkpoint()
+
+
+def test_a_good_checkpoint_stays_where_a_higher_learning_rate_was_at_fault(run):
+    folder, config = run
+    rates = ("optimizer.fake_score_lr=1e3", "optimizer.generator_lr=1e3")
+    with pytest.raises(NonFiniteError, match="continues from iteration 3"):
+        Trainer(config_of(f"data.prompts={config.data.prompts}", *rates, iterations=9), folder.path).run()
+    assert not (folder.path / "set-aside").exists()
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(run):
@@ -257,6 +281,20 @@ def test_a_stop_is_heard_while_reports_fail(tmp_path):
 
     with pytest.raises(Interrupted, match="after iteration 1 of 4"):
         Trainer(config_of(), tmp_path, [Stop()]).run()
+
+
+def test_under_nohup_a_lost_connection_is_nothing(tmp_path):
+    class HangUp(Callback):
+        def on_iteration(self, trainer, losses):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Trainer(config_of(iterations=2), tmp_path, [HangUp()]).run()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert RunFolder(tmp_path).open_generator().recipe.training_summary["iterations"] == "2"
 
 
 # -- the environment -----------------------------------------------------------------------------------------------
