@@ -17,9 +17,21 @@ import torch
 from ..config import load_config
 from ..files.logs import append_log
 from ..sample import sample_images
+from ..training.run import RunFolder
 from ..training.trainer import Trainer
 from .baselines import SAMPLING_SEED, SUBJECT_SETS, evaluation_subjects
 from .metrics import DigitEvaluator
+
+
+def measure(folder: RunFolder) -> dict[str, dict]:
+    """The figures of a run's generator for each set of subjects."""
+    generator = folder.open_generator()
+    bundle, recipe, figures = generator.load(), generator.recipe, {}
+    for name in SUBJECT_SETS:
+        subjects = evaluation_subjects(name)
+        images = sample_images(bundle, recipe, [s.prompt for s in subjects], SAMPLING_SEED)
+        figures[name] = DigitEvaluator(subjects).row("sid", images, recipe.steps).to_dict()
+    return figures
 
 
 def main() -> None:
@@ -39,12 +51,7 @@ def main() -> None:
         trainer.run()
         entry: dict = {"config": args.config, "setting": setting, "seed": args.seed}
         entry |= {"iterations": config.training.iterations, "training_seconds": round(time.monotonic() - began)}
-        generator = trainer.folder.open_generator()
-        bundle, recipe = generator.load(), generator.recipe
-        for name in SUBJECT_SETS:
-            subjects = evaluation_subjects(name)
-            images = sample_images(bundle, recipe, [s.prompt for s in subjects], SAMPLING_SEED)
-            entry[name] = DigitEvaluator(subjects).row("sid", images, recipe.steps).to_dict()
+        entry |= measure(trainer.folder)
         append_log(args.out / "sweep.jsonl", entry)
         print(json.dumps(entry), flush=True)
 
