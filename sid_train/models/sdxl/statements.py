@@ -11,16 +11,8 @@ from typing import Any
 from ...core.noise_schedule import PredictionType
 from ...files.reading import shown
 from ..family import AUTO
-from .keys import UNET
+from .keys import EDM_MARKERS, MARKERS, UNET
 
-MARKERS = ("v_pred", "ztsnr")
-"""Empty tensors by which ComfyUI knows the prediction type and the schedule."""
-EDM_MARKERS = {
-    "edm_vpred.sigma_max": "CosXL and its relatives",
-    "edm_vpred.sigma_min": "CosXL and its relatives",
-    "edm_mean": "Playground 2.5",
-    "edm_std": "Playground 2.5",
-}
 SUPPORTED = "expected a model that predicts epsilon or v on SDXL's own noise schedule"
 
 # All spelled without punctuation, in lower case. Keys are those of the model metadata standard (modelspec.*), of
