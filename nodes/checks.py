@@ -20,7 +20,8 @@ from ..sid_train.method.guidance import GuidanceStrategy
 
 # What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
 TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
-MAX_BATCH_INDEX = 1 << 16  # ComfyUI draws the noise of all images before the one that is asked for
+# ComfyUI draws the noise of all images before the one that is asked for: so many of any size, and so many figures.
+MAX_PLACES, MAX_FIGURES = 1 << 16, 1 << 29
 MAX_ERROR = 2000  # characters
 
 
@@ -41,7 +42,7 @@ def checked(execute: Callable) -> Callable:
         except (ValueError, OSError) as error:
             if (text := shown(error, MAX_ERROR)) == str(error):
                 raise
-            raise ValueError(text) from None
+            raise ValueError(text) from error
 
     return check_and_execute
 
@@ -172,11 +173,12 @@ def check_latent(name: str, value: Any, declared: Any) -> None:
             raise ValueError(f"{name}: its noise_mask holds NaN or infinity. Use Set Latent Noise Mask.")
     places = value.get("batch_index")
     if places is not None:
-        expected = f"batch_index with {len(samples)} places from 0 to {MAX_BATCH_INDEX - 1}"
+        limit = max(len(samples), min(MAX_PLACES, MAX_FIGURES // samples[0].numel()))
+        expected = f"batch_index with {len(samples)} places from 0 to {limit - 1}"
         if not isinstance(places, list | tuple) or len(places) != len(samples):
             raise _wrong(name, expected, places, "Use Latent From Batch.")
         for place in places:
-            if not isinstance(place, numbers.Integral) or not 0 <= place < MAX_BATCH_INDEX:
+            if not isinstance(place, numbers.Integral) or not 0 <= place < limit:
                 raise _wrong(name, expected, place, "Use Latent From Batch.")
 
 

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from ..sid_train.files.reading import shown
-
-# Spelled without punctuation, in lower case, after the prefixes of the model metadata standard and of kohya's trainers.
-TYPE_KEYS = {"predictkey", "predictiontype", "predtype", "parameterization"}
-V_KEYS = {"vparameterization", "vpred", "vprediction"}
-FLOW_KEYS = {"flowmatching", "rectifiedflow"}
-KINDS = {
-    **dict.fromkeys(("epsilon", "eps", "epsilonprediction", "epsprediction"), "epsilon"),
-    **dict.fromkeys(("v", "vpred", "vprediction", "vparameterization"), "v_prediction"),
-    **dict.fromkeys(("flow", "flowmatching", "flowprediction", "rectifiedflow"), "flow"),
-    **dict.fromkeys(("edm", "edmvpred", "edmvprediction"), "edm"),
-}
-UNSUPPORTED = {"flow": "a flow-matching model", "edm": "an EDM model"}
-
-
-def declared_type(metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(epsilon, v_prediction, flow or edm; where it says so), or two empty strings where nothing is said."""
-    found = {}
-    for name, value in metadata.items():
-        key, said = _plain(re.sub(r"^(modelspec\.|ss_|sid\.)", "", name[:100])), _plain(value)
-        is_so = {"true": True, "1": True, "false": False, "0": False}.get(said)
-        kind = None
-        if key in TYPE_KEYS:
-            kind = KINDS.get(said)
-        elif key in V_KEYS and is_so is not None:
-            kind = "v_prediction" if is_so else "epsilon"
-        elif key in FLOW_KEYS and is_so:
-            kind = "flow"
-        if kind is not None:
-            found[kind] = f"{name} is {shown(value, 40)!r}"
-    # Tools fill in epsilon for what they do not know.
-    for kind in ("flow", "edm", "v_prediction", "epsilon"):
-        if kind in found:
-            return kind, found[kind]
-    return "", ""
+from ..sid_train.models.sdxl.statements import UNSUPPORTED, kinds
 
 
 def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lora: bool) -> list[str]:
     """What the user should be told where the header of ``path`` and the loaded model, which ``predicts`` epsilon or
     v_prediction, disagree. ValueError for a kind that few-step presets are not for, and for a LoRA of the other kind.
     """
-    kind, where = declared_type(metadata)
+    found = {kind: f"{name} is {shown(value, 40)!r}" for name, value, kind in kinds(metadata)}
+    # Tools fill in epsilon for what they do not know.
+    kind = next((kind for kind in (*UNSUPPORTED, "v_prediction", "epsilon") if kind in found), "")
+    where = found.get(kind, "")
     if kind in UNSUPPORTED:
         raise ValueError(
-            f"{path}: its header says that it is {UNSUPPORTED[kind]} ({where}). Few-step presets are not for it: "
+            f"{path}: its header says that it {UNSUPPORTED[kind]} ({where}). Few-step presets are not for it: "
             "sample it with ComfyUI's own nodes."
         )
     if kind in ("", predicts):
@@ -67,7 +36,3 @@ def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lor
         "trained so) after this loader, and take the recipe from SiD Recipe Override, with the same preset and that "
         "model. ComfyUI itself takes a file for v-prediction if it holds an empty tensor named 'v_pred'."
     ]
-
-
-def _plain(value: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", value[:100].lower())

@@ -38,7 +38,7 @@ DENOISE_TOOLTIP = (
 )
 NOISE_TOOLTIP = (
     f"The noise between steps. '{FROM_RECIPE}': as it was trained. fresh: new noise a step; fixed: the first noise "
-    "again; ddim: the noise that the last step implies. After DisableNoise, fresh and fixed draw theirs from the seed."
+    "again; ddim: the noise that the last step implies. After DisableNoise, fresh and fixed draw that of seed 0."
 )
 
 
@@ -123,7 +123,7 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
     previews and interrupts work as everywhere.
 
     start: ``noise`` (x0 = 0, as in training), ``latent`` (x0 = the given latent) or ``auto`` (noise if the sigmas
-    begin at the recipe's first timestep).
+    begin at the recipe's first timestep and there is any).
     """
     recipe = recipe or PRESETS[DEFAULT_PRESET]
     mode = recipe.noise_mode if noise_mode == FROM_RECIPE else noise_mode
@@ -136,7 +136,9 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
         noise, latent = find_start(model, network, x, sigmas[0], extra_args)
         draw = seeded_noise(noise, extra_args.get("seed") or 0)
         first = network.model_sampling.sigmas[recipe.t_init]
-        from_noise = start == "noise" or (start == "auto" and float(sigmas[0]) >= float(first) * (1 - 1e-5))
+        from_noise = start == "noise"
+        if start == "auto":  # without noise (DisableNoise) the latent is all there is
+            from_noise = bool(noise.any()) and float(sigmas[0]) >= float(first) * (1 - 1e-5)
         progress = comfy.k_diffusion.sampling.trange(len(sigmas) - 1, disable=disable)
 
         def report(step: int, x: Tensor, sigma: Tensor, x0: Tensor) -> None:
@@ -330,7 +332,8 @@ class SiDSamplerSelect(io.ComfyNode):
                     options=list(STARTS),
                     default="auto",
                     tooltip="What the first step adds noise to. noise: nothing, a new picture; latent: the given "
-                    "latent; auto: nothing if SIGMAS begin at the recipe's first timestep, else the latent.",
+                    "latent; auto: nothing if SIGMAS begin at the recipe's first timestep, else, and after "
+                    "DisableNoise, the latent.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced.")],

@@ -17,6 +17,7 @@ from ..sid_train.files.atomic import write_text
 from ..sid_train.files.reading import read_text, reading, shown
 from ..sid_train.files.tensors import open_tensors
 from ..sid_train.models.sdxl.keys import CLIP_G, CLIP_L, UNET, unet_config
+from ..sid_train.models.sdxl.statements import of_settings, of_tensors
 from .checks import checked
 from .common import StrategyType, full_path, printable, read_header, refuse_other_hosts, schema, show
 
@@ -29,6 +30,8 @@ PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # The weight of the GAN term where there are real pairs, the SiD term's being 1: SiD-DiT's 1 : 100 (arXiv 2509.25127).
 GAN_WEIGHT = 0.01
 MAX_NAME, MAX_PATH = 64, 4096  # characters
+# How prompts of several words may begin, too: "mood:/ a cat" and "// a cat".
+_LIKE_A_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]|[/\\]{2,}\s")
 # What Windows takes for a device, whatever the suffix.
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{device}{number}" for device in ("COM", "LPT") for number in range(10))}
 
@@ -155,10 +158,15 @@ def _keep(path: Path, text: str) -> Path:
 def _teacher_file(name: str) -> str:
     """The path of a checkpoint that the trainer can distil, by its header; ValueError for any other file."""
     path = full_path("checkpoints", name)
-    read_header(path, f"teacher: {path}")  # refuses a file that was cut off, too
+    metadata = read_header(path, f"teacher: {path}")  # refuses a file that was cut off, too
     with reading(path, "an SDXL checkpoint"):
         shapes = {key: tensor.shape for key, tensor in open_tensors(Path(path)).items()}
     unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
+    try:
+        of_tensors(shapes, path)
+        of_settings(metadata, "its header", path)
+    except ValueError as error:
+        raise ValueError(f"teacher: {shown(error, 600)}. Choose another one.") from None
     try:
         unet_config(unet or shapes)
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
@@ -193,10 +201,13 @@ def _is_meant_as_path(line: str) -> bool:
     """Whether it cannot be a prompt, be there something at it or not. ValueError for a path on another host."""
     if len(line) > MAX_PATH:
         return False
+    is_file = line.lower().endswith(PROMPT_FILES)
+    if _LIKE_A_HOST.match(line) and len(line.split()) > 1 and not is_file:
+        return False  # nothing looks at it
     refuse_other_hosts("prompts", line)
     return (
         os.path.isdir(line)  # not Path.is_dir, which raises where a prompt is too long for a file's name
-        or line.lower().endswith(PROMPT_FILES)
+        or is_file
         or PurePosixPath(line).is_absolute()
         or PureWindowsPath(line).is_absolute()
         or (len(line.split()) == 1 and ("/" in line or "\\" in line))

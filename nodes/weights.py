@@ -10,12 +10,12 @@ import comfy.utils
 from torch import Tensor
 
 from ..sid_train.files.reading import shown
+from ..sid_train.models.sdxl.keys import BESIDE_WEIGHTS, EDM_MARKERS, MARKERS, SCALED_FP8
 
 # Where ComfyUI looks for a UNet's tensors.
 PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "")
-# Tensors that say what a file is, and those that stand beside quantised weights: ComfyUI reads them, no layer has them.
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "scaled_fp8")
-BESIDE_WEIGHTS = (".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
+# ComfyUI reads them, and no layer has them.
+SAY_WHAT_IT_IS = {*MARKERS, *EDM_MARKERS, SCALED_FP8}
 
 
 @contextmanager
@@ -50,7 +50,12 @@ def check_unet(model, names: Iterable[str], path: str) -> list[str]:
     failed merge or an overflow leaves behind fills whole tensors. The samplers look at what the network predicts.
     """
     network = model.model.diffusion_model
-    expected = set(network.state_dict())
+    # ComfyUI has scales of its own for scaled and quantised weights: under other names than the file's, or for layers
+    # for which the file needs none.
+    expected = {name for name in network.state_dict() if not name.endswith(BESIDE_WEIGHTS)}
+    # A quantised layer without its weight has none, and none in the state.
+    layers = ((name, layer) for name, layer in network.named_modules() if hasattr(layer, "in_features"))
+    expected |= {f"{name}.weight" for name, layer in layers if layer.weight is None}
     to_ldm = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     names = {to_ldm.get(name, name) for name in names}
     found = max(
@@ -64,7 +69,7 @@ def check_unet(model, names: Iterable[str], path: str) -> list[str]:
         )
     ends = {name: weight[[0, -1]] if weight.ndim > 1 else weight for name, weight in _plain_weights(network)}
     check_numbers(ends, path)
-    unused = sorted(n for n in found - expected if n not in MARKERS and not n.endswith(BESIDE_WEIGHTS))
+    unused = sorted(n for n in found - expected if n not in SAY_WHAT_IT_IS and not n.endswith(BESIDE_WEIGHTS))
     if not unused:
         return []
     return [

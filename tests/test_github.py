@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sid_train.cli import build_parser
+from sid_train.commands.doctor import COMFYUI_FLOOR
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +55,20 @@ def test_actions_are_pinned_by_their_major_version():
     assert {action.partition("@")[0] for action in actions} >= {"actions/checkout", "Comfy-Org/publish-node-action"}
     assert [action for action in actions if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action)] == []
     assert all(workflow["permissions"] == {"contents": "read"} for workflow in WORKFLOWS.values())
+
+
+def test_only_a_tag_publishes():
+    """Whose name is then the version: what is published can never be replaced."""
+    publish = WORKFLOWS["publish.yml"]
+    assert publish[True] == {"push": {"tags": ["v*"]}}  # yaml's word for "on"
+    (check,) = (step for step in publish["jobs"]["publish"]["steps"] if "tag-is-version" in step.get("run", ""))
+    assert "if" not in check
+
+
+def test_the_nodes_and_the_trainer_need_the_same_comfyui():
+    floor = re.search(r'^FLOOR = "([\d.]+)"$', (ROOT / "nodes" / "version.py").read_text("utf-8"), re.MULTILINE)
+    assert floor is not None
+    assert floor[1] == COMFYUI_FLOOR  # which the doctor's tests compare with pyproject.toml
 
 
 def test_every_python_that_is_declared_is_tested():

@@ -51,7 +51,11 @@ def read_header(path: str | Path) -> Header:
                 raise ValueError(f"it has {found} bytes: copy or download it again")
             (size,) = struct.unpack("<Q", first)
             if size > HEADER_LIMIT:
-                raise ValueError(other_kind(first + file.read(42)) or f"its header is said to have {size:,} bytes")
+                raise ValueError(
+                    other_kind(first + file.read(42))
+                    or f"its header is said to have {size:,} bytes, more than the {HEADER_LIMIT:,} that are read: save "
+                    "it again without its metadata"
+                )
             text = file.read(size)
         if len(text) < size:
             raise _cut_off(path, 8 + size, found)

@@ -68,6 +68,10 @@ class OpenedModel(ABC):
         """The same model with another network."""
         return replace(self, tensors=tensors)
 
+    def is_lora(self, path: Path) -> bool:
+        """Whether a file holds a LoRA as ``read_lora`` reads it, by the names of its tensors."""
+        return False
+
     def read_lora(self, path: Path) -> Adapter:
         """A LoRA file for this model's network."""
         raise ValueError(f"{path}: LoRAs for {self.architecture} are not read")

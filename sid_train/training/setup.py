@@ -151,17 +151,20 @@ def load_init_generator(config: Config, teacher: OpenedModel) -> Denoiser | Adap
     metadata = read_safetensors_metadata(path) if path.is_file() else {}
     if not has_recipe(metadata):
         raise ValueError(f"{where}: {source} carries no SiD recipe: expected a SiD generator")
-    architecture, is_lora = split_architecture(metadata.get("modelspec.architecture", ""))
+    # Model managers drop modelspec.*, without which a recipe is SDXL's: what is in the file says whether it is a LoRA.
+    recipe = SiDRecipe.from_metadata(metadata, path)
+    architecture, _ = split_architecture(recipe.architecture)
     if architecture != teacher.architecture:
         raise ValueError(
             f"{where}: expected the teacher's architecture {teacher.architecture}, got {architecture} in {source}"
         )
+    is_lora = teacher.is_lora(path)
     if bool(config.adapter.rank) != is_lora:
         wanted = (
             "a LoRA, since adapters are trained" if config.adapter.rank else "a whole generator (adapter.rank is 0)"
         )
         raise ValueError(f"{where}: expected {wanted}, got {source}")
-    recipe, bundle = SiDRecipe.from_metadata(metadata, path), teacher.load(None, config.model.resolution)
+    bundle = teacher.load(None, config.model.resolution)
     ours = (bundle.denoiser.schedule.prediction_type, bundle.zero_terminal_snr)
     if (recipe.prediction_type, recipe.zero_terminal_snr) != ours:
         raise ValueError(

@@ -141,7 +141,8 @@ def put(tmp_path, monkeypatch, folders):
         monkeypatch.setitem(folders.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
         return name
 
-    return write
+    yield write
+    folders.filename_list_cache.clear()  # of folders that pytest deletes after the test
 
 
 @pytest.fixture(scope="session")

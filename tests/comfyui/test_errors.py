@@ -498,6 +498,17 @@ def teacher_without_text_encoders(kit: Kit):
     kit.write_recipe(kit.tensors)
 
 
+@message(r"teacher: .*base.safetensors: it is an EDM model \(tensor edm_vpred.sigma_max, .* Choose another one")
+def teacher_with_edm_tensors(kit: Kit):
+    kit.write_recipe(teacher_tensors() | {"model.diffusion_model.edm_vpred.sigma_max": torch.ones(1)})
+
+
+@message(r"teacher: .*base.safetensors: it is a flow-matching model \(modelspec.prediction_type in its .* another one")
+def teacher_for_flow_matching(kit: Kit):
+    kit.put("checkpoints", "base.safetensors", teacher_tensors(), {"modelspec.prediction_type": "flow"})
+    run(kit.nodes["SiDTrainingRecipe"], teacher="base.safetensors", prompts="a cat")
+
+
 @message(r"base.safetensors: expected .* bytes, but the file ends after .*: copy or download it again")
 def teacher_that_was_cut_off(kit: Kit):
     kit.write_recipe()

@@ -63,6 +63,7 @@ WRONG = {
         "text places": empty_latent() | {"batch_index": "x"},
         "too few places": empty_latent(2) | {"batch_index": [0]},
         "a place far out": empty_latent() | {"batch_index": [10**9]},
+        "a place whose noise takes minutes": empty_latent(1, 128) | {"batch_index": [1 << 13]},
         "a place before the first": empty_latent() | {"batch_index": [-1]},
     },
     "SID_RECIPE": {"text": "SiD 625 (4 steps)", "dictionary": {"timesteps": (625,)}, "list": [625]},
@@ -147,6 +148,23 @@ def shown(pack, monkeypatch) -> list[str]:
 def in_the_frontend(node):
     """The node's class as ComfyUI runs it: a clone that knows its place in the graph."""
     return type(f"{node.__name__}Clone", (node,), {"hidden": SimpleNamespace(unique_id="7")})
+
+
+def test_a_fault_of_another_pack_keeps_its_traceback(pack, monkeypatch):
+    """Where its text has to be escaped: it is what ComfyUI logs."""
+    fault = ValueError("other pack\x1b[2J")
+
+    class Node:
+        define_schema = staticmethod(lambda: SimpleNamespace(inputs=[]))
+
+        @classmethod
+        @module(pack, "nodes.checks").checked
+        def execute(cls):
+            raise fault
+
+    with pytest.raises(ValueError, match=r"^other pack\\x1b\[2J$") as error:
+        Node.execute()
+    assert error.value.__cause__ is fault
 
 
 def check_harmless(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -96,6 +97,65 @@ def test_tensors_that_are_not_used_are_counted(nodes, put, tensors, recipes, cap
     run(nodes["SiDDiffusionModelLoader"], unet_name=name)
     told = "2 tensors of the file belong to no part of this UNet and are not used; the first is elsewhere.1.weight"
     assert told in text_of(caplog)
+
+
+def scaled_fp8(tensors: dict, layers: str, ends: tuple[str, str]) -> dict:
+    """``tensors`` with the matrices of ``layers`` in fp8, and beside them their scale and a scale of the input."""
+    made = dict(tensors)
+    for name, weight in tensors.items():
+        if weight.ndim == 2 and name.startswith(layers):
+            scale = weight.float().abs().max() / 448
+            made[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            module = name.removesuffix(".weight")
+            made |= {module + end: torch.tensor(float(v)) for end, v in zip(ends, (scale, 0.5), strict=False)}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("layers", "ends", "marker"),
+    [
+        ("", [".scale_weight"], torch.zeros(0, dtype=torch.float8_e4m3fn)),
+        ("", [".scale_weight", ".scale_input"], torch.zeros(0, dtype=torch.float8_e4m3fn)),
+        ("input_blocks.3", [".scale_weight"], torch.zeros(2, dtype=torch.float8_e4m3fn)),
+        ("", [".weight_scale"], None),
+        ("input_blocks.3", [".weight_scale", ".input_scale"], None),
+    ],
+    ids=["all layers", "inputs too", "some layers", "by its header", "some layers by its header"],
+)
+def test_scaled_weights_are_loaded_as_comfyui_loads_them(
+    nodes, put, tensors, recipes, model, caplog, layers, ends, marker
+):
+    import comfy.ops
+
+    metadata = recipes.SiDRecipe().to_metadata()
+    made = scaled_fp8(tensors, layers, ends)
+    if marker is None:
+        if not hasattr(comfy.ops, "mixed_precision_ops"):
+            pytest.skip("this ComfyUI does not read such headers")
+        scaled = {name.removesuffix(ends[0]): {"format": "float8_e4m3fn"} for name in made if name.endswith(ends[0])}
+        metadata["_quantization_metadata"] = json.dumps({"layers": scaled})
+    else:
+        made["scaled_fp8"] = marker
+    loaded, recipe = run(
+        nodes["SiDDiffusionModelLoader"], unet_name=put("diffusion_models", "f.safetensors", made, metadata)
+    )
+    assert text_of(caplog) == ""
+    if ".scale_input" in ends or ".input_scale" in ends:
+        return  # made up: what the network computes with it means nothing
+    inputs = {"positive": conditioning(1), "latent_image": empty_latent(1, 8), "recipe": recipe, "seed": 0, "steps": 1}
+    ours = run(nodes["SiDFewStepSampler"], model=loaded, **inputs)[0]["samples"]
+    plain = run(nodes["SiDFewStepSampler"], model=model, **inputs)[0]["samples"]
+    assert (ours - plain).norm() < 0.5 * plain.norm()
+
+
+def test_scaled_weights_without_their_own_tensor_are_refused(nodes, put, tensors, recipes):
+    made = scaled_fp8(tensors, "", (".scale_weight",)) | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    del made["input_blocks.3.1.proj_out.weight"]
+    name = put("diffusion_models", "f.safetensors", made, recipes.SiDRecipe().to_metadata())
+    with pytest.raises(
+        ValueError, match=r"tensors of this UNet, but 1 are missing; the first is input_blocks.3.1.proj_out"
+    ):
+        run(nodes["SiDDiffusionModelLoader"], unet_name=name)
 
 
 def test_names_that_comfyui_reads_are_not_called_missing(nodes, put, tensors, recipes, caplog):

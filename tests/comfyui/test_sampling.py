@@ -127,6 +127,30 @@ def test_custom_sampling_nodes_give_the_same_latents_bit_for_bit(pack, nodes, mo
     assert "denoise 0.75 rounds to all 2 steps: set 'start' of SiD Sampler Select to 'latent'" in text_of(caplog)
 
 
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+@pytest.mark.parametrize("preset", ["SiD 625 (4 steps)", "DMD2 (4 steps)"])
+def test_a_latent_that_arrives_noised_is_what_the_first_step_sees(nodes, model, recipes, preset, denoise):
+    """After DisableNoise, of the highest timestep too."""
+    from comfy_extras.nodes_custom_sampler import DisableNoise
+
+    recipe = recipes.PRESETS[preset]
+    latent = 3 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    (sigmas,) = run(nodes["SiDScheduler"], model=model, recipe=recipe, denoise=denoise)
+    (sampler,) = run(nodes["SiDSamplerSelect"], recipe=recipe)
+    (guider,) = run(nodes["SiDGuidance"], model=model, positive=conditioning(1))
+    (noise,) = call(DisableNoise)
+    seen = []
+    guider.sample(
+        noise.generate_noise({"samples": latent}),
+        latent,
+        sampler,
+        sigmas,
+        callback=lambda step, x0, x, steps: seen.append(x),
+        seed=noise.seed,
+    )
+    assert torch.equal(seen[0].cpu(), model.model.process_latent_in(latent))
+
+
 def test_native_fallback_is_another_picture(nodes, model, make_recipe):
     """What its note says: ComfyUI's own nodes run other timesteps."""
     from comfy_extras.nodes_custom_sampler import BasicScheduler

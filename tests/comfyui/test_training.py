@@ -142,6 +142,12 @@ def test_separators_other_than_newlines_do_not_split_a_prompt(write):
 @pytest.mark.parametrize("prompt", ["/" * 100_000 + " a", "a " + "\\" * 100_000, "a/" * 100_000, "{0..1}" * 20_000])
 def test_long_prompts_are_read_at_once(write, prompt):
     begin = time.process_time()
-    _, config = write(prompts=prompt if prompt[0] != "/" else f"a {prompt}")
+    _, config = write(prompts=prompt)
     assert time.process_time() - begin < 5
-    assert Path(config.data.prompts).read_text() == (prompt if prompt[0] != "/" else f"a {prompt}") + "\n"
+    assert Path(config.data.prompts).read_text() == prompt + "\n"
+
+
+@pytest.mark.parametrize("prompt", ["smile:/ a cat", "// a cat", "mood:\\o/ a dog"])
+def test_prompts_that_begin_as_other_hosts_do(write, prompt):
+    _, config = write(prompts=prompt)
+    assert Path(config.data.prompts).read_text() == prompt + "\n"

@@ -97,6 +97,7 @@ CASES = {
     "image to image": {"image": IMAGE, "denoise": 0.5, "noise": OTHER_NOISE},
     "image that is not used": {"image": IMAGE, "noise": OTHER_NOISE},
     "mask": {"image": IMAGE, "mask": LEFT_HALF},
+    "no noise, all steps": {"image": 3 * IMAGE, "noise": torch.zeros(1, 4, 8, 8)},
     "no noise": {"image": 3 * IMAGE, "noise": torch.zeros(1, 4, 8, 8), "denoise": 0.5},
 }
 

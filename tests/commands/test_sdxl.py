@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_sdxl import save_single_file, small_pipeline
 
 from sid_train.cli import main
@@ -16,6 +16,7 @@ from sid_train.core.rng import BatchRNG
 from sid_train.data.config import DataConfig
 from sid_train.data.pairs import load_pairs
 from sid_train.data.rows import load_prompt_table
+from sid_train.files.header import read_safetensors_metadata
 from sid_train.files.logs import read_log
 from sid_train.models.families import load_model
 from sid_train.training.run import RunFolder
@@ -135,7 +136,11 @@ def test_every_format_of_a_run(lora_run, tmp_path):
 
 
 def test_a_second_stage_starts_from_the_lora(lora_run, settings, tmp_path):
-    start = ["--set", f"model.init_generator={lora_run / 'generator.safetensors'}", "--set", "training.iterations=1"]
+    """Of which a model manager left sid.* alone in the header."""
+    lora, own = tmp_path / "lora.safetensors", lora_run / "generator.safetensors"
+    metadata = {key: text for key, text in read_safetensors_metadata(own).items() if key.startswith("sid.")}
+    save_file(load_file(own), lora, metadata)
+    start = ["--set", f"model.init_generator={lora}", "--set", "training.iterations=1"]
     out = tmp_path / "second"
     run("distill", *RECIPE, *settings, *start, "--set", "optimizer.generator_lr=1e-12", "--out", out)
     first, second = (load_file(RunFolder(path).last_checkpoint()) for path in (lora_run, out))

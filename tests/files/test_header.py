@@ -75,7 +75,10 @@ def test_a_broken_header_is_one_line_that_names_the_file(header, data, problem, 
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"PK\x03\x04\x14\x00\x08\x08" + bytes(60), "pickle or an archive"),
         (b"\x80\x02}q\x00(X\x05" + bytes(60), "pickle or an archive"),
-        (struct.pack("<Q", HEADER_LIMIT + 1), "header is said to have"),
+        (
+            struct.pack("<Q", HEADER_LIMIT + 1),
+            "header is said to have 25,000,001 bytes, more than the 25,000,000 that are read: save",
+        ),
     ],
 )
 def test_other_files_are_called_what_they_are(content, problem, path):

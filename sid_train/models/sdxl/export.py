@@ -20,7 +20,7 @@ from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
 from ..adapters import Adapter
 from ..family import ExportOptions, Generator, refuse_to_overwrite
 from .keys import UNET, VAE, rename, unet_modules
-from .lora import ALPHA, DOWN, UP, extract_lora, kohya_modules, with_one_alpha
+from .lora import ALPHA, DOWN, UP, extract_lora, is_kohya, kohya_modules, with_one_alpha
 from .parts import MARKERS, REST, SDXLParts, load_vae, open_sdxl, rest_of, vae_tensors
 
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
@@ -34,7 +34,7 @@ def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) 
 
     ``base`` also has text encoders and VAE for a file without them.
     """
-    if any(name.startswith("lora_unet_") for name in open_tensors(path)):
+    if is_kohya(open_tensors(path)):
         if base is None:
             raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
         parts, recipe = _base_of(base, recipe, path), replace(recipe, architecture=SDXL_ARCHITECTURE)
@@ -139,7 +139,8 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
         raise ValueError("--dtype: a LoRA is stored in fp16, bf16 or fp32, not fp8")
     names = kohya_modules(parts_of(generator).tensors, parts_of(generator).unet_config)
     tensors = {}
-    for module, (down, up, alpha) in with_one_alpha(adapter, dtype).items():
+    adapter = with_one_alpha(adapter, dtype)
+    for module, (down, up, alpha) in adapter.items():
         if up.ndim < down.ndim:  # a convolution's second factor is 1x1
             up = up.reshape(*up.shape, 1, 1)
         for end, tensor in ((DOWN, down), (UP, up), (ALPHA, torch.tensor(alpha))):
@@ -150,7 +151,7 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
     about = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
-        "ss_network_alpha": rank,
+        "ss_network_alpha": f"{next(iter(adapter.values()))[2]:g}",
         "ss_base_model_version": "sdxl_base_v1-0",
     }
     metadata = generator.recipe.to_metadata() | about

@@ -16,6 +16,23 @@ from ...files.tensors import LazyTensor
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 
+MARKERS = ("v_pred", "ztsnr")
+"""Empty tensors by which ComfyUI knows v-prediction and a zero-terminal-SNR schedule."""
+EDM_MARKERS = {
+    "edm_vpred.sigma_max": "CosXL and its relatives",
+    "edm_vpred.sigma_min": "CosXL and its relatives",
+    "edm_mean": "Playground 2.5",
+    "edm_std": "Playground 2.5",
+}
+"""Those of EDM models, and of which."""
+SCALED_FP8 = "scaled_fp8"
+"""The tensor that says that a file's fp8 weights have scales."""
+BESIDE_WEIGHTS = (
+    *(".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale"),
+    *(".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".comfy_quant"),
+)
+"""Ends of the names of what stands beside scaled and quantised weights, which mean nothing without it."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD_WIDTH = 64  # channels of an attention head, in the UNet and in both text encoders
 TIME_ID_WIDTH = 256  # sinusoidal embedding of each of the six time ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from ..family import Tensors
 from .keys import invert, kohya_name, rename, unet_modules
 
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+
+
+def is_kohya(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA of a UNet in kohya's form."""
+    return any(name.startswith("lora_unet_") for name in names)
 
 
 def kohya_modules(unet: Tensors, config: Mapping[str, Any]) -> dict[str, str]:

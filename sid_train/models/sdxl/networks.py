@@ -16,7 +16,9 @@ from ...files.tensors import LazyTensor
 from ..family import Tensors
 from ..weights import fill, require_tensors
 from .keys import (
+    BESIDE_WEIGHTS,
     HEAD_WIDTH,
+    SCALED_FP8,
     Shapes,
     clip_g_from_open_clip,
     clip_g_to_open_clip,
@@ -32,7 +34,6 @@ from .keys import (
 
 LATENT_CHANNELS = 4
 SCALING_FACTOR = 0.13025
-SCALED_FP8 = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 TEXT, PROJECTION = "text_model.", "text_projection.weight"
 NOT_READ = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that text encoders may have in files, and that no encoding of a prompt reads."""
@@ -56,7 +57,7 @@ def shapes_of(tensors: Tensors) -> Shapes:
 
 def refuse_scaled_fp8(tensors: Tensors, where: str) -> None:
     """ValueError for weights that mean nothing without the scales that are beside them."""
-    found = [name for name in tensors if name.endswith(SCALED_FP8) or name.split(".")[-1] == "scaled_fp8"]
+    found = [name for name in tensors if name.endswith(BESIDE_WEIGHTS) or name.split(".")[-1] == SCALED_FP8]
     if found:
         raise ValueError(
             f"{where}: scaled or quantised weights ({len(found):,} tensors such as {shown(found[0], 120)}) are not "

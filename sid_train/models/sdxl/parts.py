@@ -36,10 +36,10 @@ from .folder import (
     rest_of_folder,
     weights_of,
 )
-from .keys import CLIP_G, CLIP_L, TIME_ID_WIDTH, UNET, VAE
-from .lora import read_lora
+from .keys import CLIP_G, CLIP_L, MARKERS, TIME_ID_WIDTH, UNET, VAE
+from .lora import is_kohya, read_lora
 from .networks import TEXT, build_clip_g, build_clip_l, build_unet, build_vae, read_unet, read_vae
-from .statements import MARKERS, Stated
+from .statements import Stated
 from .text import SDXLConditioner, TextEncoders, Tokenizers, sdxl_tokenizers
 
 __all__ = ["HUB_FILES", "MARKERS", "RESOLUTION", "REST", "SDXLParts", "build_unet", "check_resolution", "open_sdxl"]
@@ -164,6 +164,10 @@ class SDXLParts(OpenedModel):
                 )
         if codec:
             self.load_vae(None)
+
+    def is_lora(self, path: Path) -> bool:
+        with reading(path, "a safetensors file"):
+            return is_kohya(open_tensors(path))
 
     def read_lora(self, path: Path) -> Adapter:
         return read_lora(path, self.tensors, self.unet_config)

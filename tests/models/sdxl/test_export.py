@@ -382,8 +382,17 @@ def test_lora_files_that_make_no_difference_of_the_unet(distilled, tmp_path, cha
         distilled.model.read_lora(path)
 
 
+def test_a_lora_file_says_its_alpha(distilled, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    for factor, alpha in ((1, "4"), (0.5, "2")):
+        adapter = {name: (down, up, len(down) * factor) for name, (down, up, _) in distilled.adapter.items()}
+        export(replace(distilled, adapter=adapter), path, "lora", "fp16")
+        said = read_safetensors_metadata(path)
+        assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", alpha)
+
+
 def test_a_lora_needs_a_base_of_its_own_kind(distilled, teacher, tmp_path):
-    lora, said, plain = (tmp_path / f"{name}.safetensors" for name in ("lora", "said", "plain"))
+    lora, said, plain, merged = (tmp_path / f"{name}.safetensors" for name in ("lora", "said", "plain", "merged"))
     plain.hardlink_to(teacher)
     save_file(load_file(teacher), said, {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"})
 
@@ -395,6 +404,11 @@ def test_a_lora_needs_a_base_of_its_own_kind(distilled, teacher, tmp_path):
         opened(said)
     with pytest.raises(ValueError, match=r"said.safetensors: its schedule is zero terminal SNR, but the recipe"):
         opened(said, prediction_type="v_prediction")
+    # As tools leave it that merge models: what ComfyUI makes of it is the tensor's.
+    save_file(load_file(teacher) | {"v_pred": torch.zeros(0)}, merged, {"modelspec.predict_key": "epsilon"})
+    with pytest.raises(ValueError, match=r"merged.safetensors: it is a v_prediction model \(its tensor v_pred says so"):
+        opened(merged)
+    assert opened(merged, prediction_type="v_prediction").model.prediction_type == "v_prediction"
     parts = opened(said, prediction_type="v_prediction", zero_terminal_snr=True).model
     assert (parts.prediction_type, parts.zero_terminal_snr) == ("v_prediction", True)
     # A base that says nothing is epsilon, but it may be the very teacher, of which the configuration said otherwise.
