@@ -123,8 +123,8 @@ def read_listed(table: Path, setting: str, dropped: Dropped) -> list[Entry]:
             raise ValueError(f"{where}: expected the picture's path under file_name, found {found}")
         path = inside(table.parent, name, where)
         names = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]
-        path = next((path for path in names if path.is_file()), path)
-        if not path.is_file():
+        path = next((path for path in names if os.path.isfile(path)), path)
+        if not os.path.isfile(path):  # not Path.is_file, which raises where a name is too long
             raise ValueError(f"{where}: there is no file {shown(path)}")
         entries.append(_entry(path, text_of(record, where, dropped)))
     return entries

@@ -182,8 +182,11 @@ def batch(reader: Reader, numbers: range, seed: int, work: Path, tally: Tally) -
         pid = os.fork()
         if not pid:
             os.close(source)
-            with contextlib.suppress(BaseException):
+            try:
                 work_through(reader, range(first, numbers.stop), seed, work, sink)
+            except BaseException:  # of this program, since a reader's are caught inside
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         os.close(sink)
         current, text, hung = first, b"", False
