@@ -102,7 +102,7 @@ def temporary_path(path: Path) -> Path:
         made = _LEFTOVER.search(old.name)
         if made and made["host"] == _HOST and not _is_alive(int(made["pid"])):
             _remove(old)
-    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.randbelow(10**8):08d}.tmp")
 
 
 def _escaped(name: str) -> str:
