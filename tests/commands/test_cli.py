@@ -199,7 +199,7 @@ def test_output_on_a_full_disk_is_said():
 def test_an_error_of_the_disk_says_what_it_was_about(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
     assert main(["export", str(run), "-o", str(tmp_path / "x.safetensors")]) == 2
-    assert f"No space left on device; export was given source {run}, out {tmp_path}" in capsys.readouterr().err
+    assert f"No space left on device: '{tmp_path / 'x.safetensors'}'" in capsys.readouterr().err
 
 
 def raising(error):

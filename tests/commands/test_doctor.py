@@ -160,14 +160,15 @@ def test_the_environment_is_told_without_secrets(tmp_path, monkeypatch):
     assert found_by(doctor._examine_environment).problems == []
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").touch()
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4\x1b[31m")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # a run ignores it, and says so
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true\x1b[31m")
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = found_by(doctor._examine_environment)
     assert "hf_secret" not in str(found)
     first, second, third = found.problems
-    assert (first.stops, second.stops) == ("runs that it would change", "runs that accelerate launch starts")
+    assert (first.stops, second.stops) == ("every run", "runs that accelerate launch starts")
     assert (third.stops, third.what) == ("every run", "WORLD_SIZE=2 is set without RANK")
-    assert r"ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4\x1b[31m is set" in first.what
+    assert r"ACCELERATE_USE_DEEPSPEED=true\x1b[31m is set" in first.what
 
 
 def test_the_text_says_all_of_it(tmp_path, capsys):
