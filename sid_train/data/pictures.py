@@ -28,9 +28,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 BYTES_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 """Columns of a parquet file that hold pictures: bytes, or Hugging Face's struct of ``bytes`` and ``path``."""
 EXPECTED = f"a folder of pictures with captions (NAME.txt or {METADATA[0]}), .tar shards or .parquet files"
-LONGEST_SOURCE = 4096
 SHARD_LIMIT = 100_000
 """Files that one pattern may stand for."""
+NAMES_LIMIT = 1 << 25
+"""Characters of all their names."""
 GROUP_LIMIT = 1 << 32
 """Bytes of a row group's pictures, which are in memory together."""
 
@@ -207,8 +208,8 @@ def expand_braces(source: str) -> list[str]:
     """webdataset's notation: ``{00..10}`` stands for the numbers from 00 to 10, as wide as they are written. ValueError
     if these are too many.
     """
-    if not 0 < len(source.strip()) <= LONGEST_SOURCE:
-        raise ValueError(f"{SETTING}: {shown(source)}: expected a path of 1 to {LONGEST_SOURCE:,} characters")
+    if not source.strip():
+        raise ValueError(f"{SETTING}: expected {EXPECTED}, got {source!r}")
     parts = re.split(r"\{([0-9]+)\.\.([0-9]+)\}", source)
     names = [parts[0]]
     for first, last, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
@@ -221,6 +222,8 @@ def expand_braces(source: str) -> list[str]:
         count = int(last) - int(first) + 1
         if len(names) * count > SHARD_LIMIT:
             raise ValueError(f"{SETTING}: {shown(source)}: stands for more than {SHARD_LIMIT:,} files")
+        if len(names) * count * len(source) > NAMES_LIMIT:
+            raise ValueError(f"{SETTING}: {shown(source)}: stands for names of more than {NAMES_LIMIT:,} characters")
         numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         names = [name + number + after for name in names for number in numbers]
     return names

@@ -222,6 +222,16 @@ def test_a_pattern_for_too_many_files_is_refused_at_once(pattern):
         expand_braces(pattern)
 
 
+def test_a_long_pattern_cannot_fill_the_memory():
+    with pytest.raises(ValueError, match="stands for names of more than 33,554,432 characters"):
+        expand_braces("x" * 4000 + "{00000..99999}.tar")
+
+
+def test_nothing_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="expected a folder of pictures with captions"):
+        open_pictures(" ")
+
+
 def test_an_archive_cannot_claim_more_than_it_holds(tmp_path):
     whole = tar({"1.png": None, "1.txt": "a" * 600})
     sparse = bytearray(tar({"1.png": None, "1.txt": "a"}))
