@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sid_train.core.recipe import SiDRecipe
-from ..sid_train.files.reading import shown
+from ..sid_train.files.reading import half_character, shown
 from ..sid_train.method.guidance import GuidanceStrategy
 
 # What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
@@ -85,11 +85,8 @@ def check_boolean(name: str, value: Any, declared: Any) -> None:
 def check_text(name: str, value: Any, declared: Any) -> None:
     if not isinstance(value, str):
         raise _wrong(name, "text", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        place = error.start + 1
-        raise ValueError(f"{name}: character {place:,} is half of one (a lone surrogate): type it again") from None
+    if (place := half_character(value)) >= 0:
+        raise ValueError(f"{name}: character {place + 1:,} is half of one (a lone surrogate): type it again")
 
 
 def check_combo(name: str, value: Any, declared: Any) -> None:

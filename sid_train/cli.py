@@ -8,14 +8,14 @@ import argparse
 import importlib
 import io
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from . import configs
 from .errors import Interrupted, NonFiniteError
-from .files.reading import shown
+from .files.console import discard
+from .files.reading import half_character, shown
 
 USER_ERROR, FAILED, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
 LONGEST = 2000
@@ -54,10 +54,8 @@ def _number(text: str) -> float:
 
 def _text(text: str) -> str:
     """Text that can be written down: half an emoji, or bytes that are no UTF-8, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
+    if half_character(text) >= 0:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}")
     return text
 
 
@@ -192,11 +190,11 @@ def main(argv: list[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a reader that has gone or a full disk can still be told
     except BrokenPipeError:
-        _drop_output()
+        discard(sys.stdout)
         return CLOSED_PIPE
     except OSError as error:
         _complain(f"standard output cannot be written: {shown(error)}")
-        _drop_output()
+        discard(sys.stdout)
         return FAILED
 
 
@@ -238,10 +236,3 @@ def _paths(values: dict[str, object]) -> str:
     """The files that a command was given: an error of a full disk names none."""
     given = {key: value for key, value in values.items() if isinstance(value, Path) or key in ("model", "config")}
     return shown(", ".join(f"{key} {value}" for key, value in given.items() if value), LONGEST) or "no file"
-
-
-def _drop_output() -> None:
-    """Lets Python end without writing what is left to a standard output that takes nothing."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

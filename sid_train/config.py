@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from . import configs
 from .core.recipe import Unconditional
 from .data.config import DataConfig
-from .files.reading import other_kind, read_text, reading, shown
+from .files.reading import half_character, other_kind, read_text, reading, shown
 from .method.config import GANConfig, MethodConfig
 from .method.methods import METHODS
 from .models.adapter_config import AdapterConfig
@@ -355,11 +355,9 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
 
 def _require_storable(text: str, where: str) -> None:
     """ValueError for text that no TOML file and no file's name can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if half_character(text) >= 0:
         raise ValueError(
             f"{where}: expected text in UTF-8, got {_told(text)}: rename the file, or correct the encoding"
-        ) from None
+        )
     if "\0" in text:
         raise ValueError(f"{where}: expected text without the character 0, got {_told(text)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,12 +27,14 @@ from ..data.cache import (
 )
 from ..data.lengths import measure, report_long
 from ..data.pairs import PicturePairs, caption_lengths
+from ..data.picker import RowPicker
 from ..data.pictures import open_pictures
 from ..data.rows import encode_prompts, prompts_of
 from ..files.atomic import remove_leftovers
 from ..files.console import unbreakable_output
 from ..files.locks import lock_folder
 from ..files.tensors import DTYPES
+from ..models.bundle import ModelBundle
 from ..models.conditioning import Conditioning
 from ..models.families import shipped_by
 from ..training.teacher import open_teacher
@@ -80,67 +82,80 @@ def encode_cache(config: Config, out: Path, shard_size: int = 512, dtype: str | 
         facts |= pair_facts(pictures, config.data.buckets, captions)
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out, "another process is encoding into this folder")
-    if (out / INDEX_FILE).is_file():
-        try:
-            index = read_index(out)
-        except ValueError as error:  # the shards know what they are, too
-            print(error, flush=True)
-        else:
-            require_same(index["facts"], facts, str(out))
-    remove_leftovers(out)
-
-    def stored(tensors: Tensors) -> Tensors:
-        """In the dtype asked for, time ids apart: bf16 cannot hold 1,025."""
-        if dtype is None:
-            return tensors
-        return {k: v if k.endswith(("row", "time_ids")) else v.to(DTYPES[dtype]) for k, v in tensors.items()}
-
-    def write(name: str, compute: Callable[[], Tensors]) -> None:
-        path = out / name
-        if shard_is_there(path, facts):
-            print(f"{path}: already there", flush=True)
-            return
-        write_shard(path, stored(compute()), facts)
-        print(f"{path}: written", flush=True)
-
-    def write_table(table: str, groups: Iterable[list[int]], compute: Callable[[list[int]], Tensors]) -> ShardIndex:
-        """Shards of rows that belong together; their names and sizes for the index."""
-        index: ShardIndex = []
-        for group in groups:
-            for start in range(0, len(group), shard_size):
-                rows = group[start : start + shard_size]
-                name = f"{table}-{len(index):05d}.safetensors"
-                write(name, lambda rows=rows: {"row": torch.tensor(rows)} | compute(rows))
-                index.append({"file": name, "rows": len(rows)})
-        return index
-
-    def unconditional() -> Tensors:
-        kinds = {kind: bundle.unconditional(kind).to("cpu") for kind in get_args(Unconditional)}
-        return {f"{kind}.{name}": tensor for kind, cond in kinds.items() for name, tensor in cond.tensors.items()}
-
-    write(UNCONDITIONAL_FILE, unconditional)
-    prompt_index = write_table(
-        "prompts",
-        _alike(lengths.chunks),
-        lambda rows: encode_prompts(bundle.conditioner, [prompts[row] for row in rows]).tensors,
-    )
-    pair_index: ShardIndex = []
-    if pictures is not None:
-        pairs = PicturePairs(pictures, bundle, config.data.buckets)
-
-        def encode_pairs(rows: list[int]) -> Tensors:
-            latents, conds = zip(*map(pairs.encode, rows), strict=True)
-            return {"latents": torch.cat(latents)} | Conditioning.cat(conds).tensors
-
-        pair_index = write_table("pairs", _alike(list(zip(pairs.sizes, captions.chunks, strict=True))), encode_pairs)
-    write_index(out, facts, prompt_index, pair_index)
-    lock.release()
+    try:
+        _require_same_index(out, facts)
+        remove_leftovers(out)
+        shards = _Shards(out, facts, shard_size, None if dtype is None else DTYPES[dtype])
+        shards.write(UNCONDITIONAL_FILE, lambda: _unconditional(bundle))
+        prompt_index = shards.write_table(
+            "prompts",
+            lengths.chunks,
+            lambda rows: encode_prompts(bundle.conditioner, [prompts[row] for row in rows]).tensors,
+        )
+        pair_index: ShardIndex = []
+        if pictures is not None:
+            pairs = PicturePairs(pictures, bundle, config.data.buckets)
+            alike = list(zip(pairs.sizes, captions.chunks, strict=True))
+            pair_index = shards.write_table("pairs", alike, lambda rows: _encode_pairs(pairs, rows))
+        write_index(out, facts, prompt_index, pair_index)
+    finally:
+        lock.release()
     print(f"{out}: {len(prompts)} prompts, {len(pictures or [])} pairs. Train with --set data.cache={out}", flush=True)
 
 
-def _alike(kinds: Sequence[Any]) -> list[list[int]]:
-    """The rows of each kind, for shards that have one shape of a field."""
-    groups: dict[Any, list[int]] = {}
-    for row, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(row)
-    return [groups[kind] for kind in sorted(groups)]
+def _require_same_index(out: Path, facts: Facts) -> None:
+    """ValueError where ``out`` is a cache of something else."""
+    if not (out / INDEX_FILE).is_file():
+        return
+    try:
+        index = read_index(out)
+    except ValueError as error:  # the shards know what they are, too
+        print(error, flush=True)
+    else:
+        require_same(index["facts"], facts, str(out))
+
+
+def _unconditional(bundle: ModelBundle) -> Tensors:
+    kinds = {kind: bundle.unconditional(kind).to("cpu") for kind in get_args(Unconditional)}
+    return {f"{kind}.{name}": tensor for kind, cond in kinds.items() for name, tensor in cond.tensors.items()}
+
+
+def _encode_pairs(pairs: PicturePairs, rows: list[int]) -> Tensors:
+    latents, conds = zip(*map(pairs.encode, rows), strict=True)
+    return {"latents": torch.cat(latents)} | Conditioning.cat(conds).tensors
+
+
+class _Shards:
+    """Writes the shards of one cache, those that are not there yet.
+
+    dtype: of embeddings and latents; None is what they are computed in
+    """
+
+    def __init__(self, out: Path, facts: Facts, size: int, dtype: torch.dtype | None):
+        self.out, self.facts, self.size, self.dtype = out, facts, size, dtype
+
+    def write_table(self, table: str, kinds: Sequence[Any], compute: Callable[[list[int]], Tensors]) -> ShardIndex:
+        """Shards of rows of one kind each, so that they have one shape of a field; their names and sizes."""
+        index: ShardIndex = []
+        members = RowPicker(kinds).members
+        for kind in sorted(members):
+            for start in range(0, len(members[kind]), self.size):
+                rows = members[kind][start : start + self.size]
+                name = f"{table}-{len(index):05d}.safetensors"
+                self.write(name, lambda rows=rows: {"row": torch.tensor(rows)} | compute(rows))
+                index.append({"file": name, "rows": len(rows)})
+        return index
+
+    def write(self, name: str, compute: Callable[[], Tensors]) -> None:
+        path = self.out / name
+        if shard_is_there(path, self.facts):
+            print(f"{path}: already there", flush=True)
+            return
+        write_shard(path, self._stored(compute()), self.facts)
+        print(f"{path}: written", flush=True)
+
+    def _stored(self, tensors: Tensors) -> Tensors:
+        """In the dtype asked for, time ids apart: bf16 cannot hold 1,025."""
+        if self.dtype is None:
+            return tensors
+        return {k: v if k.endswith(("row", "time_ids")) else v.to(self.dtype) for k, v in tensors.items()}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..files.reading import shown
+from ..files.reading import half_character, shown
 from .entries import Dropped
 
 TEXT_KEYS = ("prompt", "caption", "text")
@@ -50,13 +50,11 @@ def checked(text: str, where: str) -> str:
     """``text``; ValueError where no tokenizer could read it."""
     if len(text) > CAPTION_LIMIT:
         raise ValueError(f"{where}: expected a prompt of at most {CAPTION_LIMIT:,} characters, got {len(text):,}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    if (place := half_character(text)) >= 0:
         raise ValueError(
-            f"{where}: expected text, but character {error.start + 1:,} is half of one ({shown(text[error.start])}), "
+            f"{where}: expected text, but character {place + 1:,} is half of one ({shown(text[place])}), "
             f"as where text was cut at a fixed length: repair or remove it"
-        ) from None
+        )
     return text
 
 

@@ -9,6 +9,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 
+def discard(stream: Any) -> None:
+    """Sends what is written to the file of ``stream`` nowhere, also what is buffered: Python would fail again to write
+    that when it ends.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class _Stream:
     """A stream that nobody may read any more: from the first failure on, what is written goes nowhere."""
 
@@ -30,10 +39,9 @@ class _Stream:
             self._give_up()
 
     def _give_up(self) -> None:
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-        with suppress(OSError, ValueError):  # what is buffered must not fail again when the process ends
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-        self._stream = nowhere
+        with suppress(OSError, ValueError):  # it may have no file
+            discard(self._stream)
+        self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

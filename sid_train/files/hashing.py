@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hex. OSError where it cannot be read."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        return rest_sha256(file)
+
+
+def rest_sha256(file: BinaryIO, before: bytes = b"") -> str:
+    """SHA-256 of ``before`` and of what ``file`` still holds, hex."""
+    digest = hashlib.sha256(before)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -30,6 +30,17 @@ def shown(text: object, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
+def half_character(text: str) -> int:
+    """Where ``text`` has half a surrogate pair, as of an emoji that was cut in two or of bytes that are no UTF-8, which
+    no file and no tokenizer takes; -1 where it has none.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return -1
+
+
 @contextmanager
 def reading(path: str | Path, expected: str) -> Iterator[None]:
     """Around all code that reads one file: whatever is raised inside leaves as a ValueError that names the file, once,

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .atomic import replacing
+from .hashing import rest_sha256
 from .header import read_header
 from .reading import reading, shown
 
@@ -199,9 +200,7 @@ def _verify(path: Path) -> bool:
         (size,) = struct.unpack("<Q", file.read(8))
         text = file.read(size)
         signed = text.replace(_entry(key, metadata[key]), _entry(key, NO_HASH), 1)
-        digest = hashlib.sha256(signed if key == CHECKSUM_KEY else b"")
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if metadata[key] != f"0x{digest.hexdigest()}":
+        found = rest_sha256(file, signed if key == CHECKSUM_KEY else b"")
+    if metadata[key] != f"0x{found}":
         raise DamagedFile(f"{shown(path)}: the file is damaged: its content has another SHA-256 than it says")
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 
 from ..config import FREE_KEYS, SOURCE_KEYS, Config, config_from_dict
@@ -35,10 +36,11 @@ def config_of(facts: Facts, path: Path) -> Config | None:
         return config_from_dict(tables, str(path))
 
 
-def changes(stored: Config, config: Config) -> list[str]:
-    """The keys whose values differ, each with both."""
+def changes(stored: Config, config: Config, but: Set[str] = frozenset()) -> list[str]:
+    """The keys whose values differ, each with both; not those of ``but``."""
     before, after = stored.flat(), config.flat()
-    return [f"{key} (was {before[key]!r}, now {after[key]!r})" for key in after if after[key] != before[key]]
+    differ = [key for key in after if after[key] != before[key] and key not in but]
+    return [f"{key} (was {before[key]!r}, now {after[key]!r})" for key in differ]
 
 
 def forbidden_changes(stored: Config, config: Config) -> list[str]:
@@ -46,7 +48,7 @@ def forbidden_changes(stored: Config, config: Config) -> list[str]:
     allowed = FREE_KEYS | SOURCE_KEYS
     if bool(stored.model.init_generator) != bool(config.model.init_generator):
         allowed = allowed - {"model.init_generator"}
-    return [change for change in changes(stored, config) if change.partition(" ")[0] not in allowed]
+    return changes(stored, config, but=allowed)
 
 
 def require_identity(facts: Facts, identity: Facts, config: Config, path: Path) -> None:

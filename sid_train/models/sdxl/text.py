@@ -16,7 +16,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ...files.reading import shown
+from ...files.reading import half_character, shown
 from ..conditioning import CHUNK_TOKENS, MAX_TOKENS, Conditioning
 
 WINDOW = CHUNK_TOKENS + 2
@@ -130,17 +130,13 @@ class SDXLConditioner:
 
 
 def require_text(prompts: Sequence[str]) -> None:
-    """ValueError for a prompt that no tokenizer takes: with half a surrogate pair, as of an emoji that was cut in two,
-    or of bytes on the command line that are no UTF-8.
-    """
+    """ValueError for a prompt that no tokenizer takes (see ``half_character``)."""
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
+        if (place := half_character(prompt)) >= 0:
             raise ValueError(
-                f"prompt {shown(prompt, 60)}: expected text, got half a character ({prompt[error.start]!a}) after "
-                f"{error.start} characters: write it anew in UTF-8"
-            ) from None
+                f"prompt {shown(prompt, 60)}: expected text, got half a character ({prompt[place]!a}) after "
+                f"{place} characters: write it anew in UTF-8"
+            )
 
 
 def _token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
