@@ -273,7 +273,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(run, fourth):
     assert same(folder, fourth)
 
 
-def test_a_stop_is_heard_while_reports_fail(tmp_path):
+def test_a_stop_is_heard_while_reports_fail(tmp_path, connected):
     class Stop(Broken):
         def on_iteration(self, trainer, losses):
             os.kill(os.getpid(), signal.SIGHUP)

@@ -42,7 +42,7 @@ class SignalAfter(Callback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_an_interrupted_run_continues_bit_identically(tmp_path, number):
+def test_an_interrupted_run_continues_bit_identically(tmp_path, connected, number):
     config = small("training.grid_every=3", "method.guidance=lsg=1.2")
     Trainer(config, tmp_path / "whole").run()
     # Image grids must not touch the run's randomness, so only the interrupted run makes them.
