@@ -338,9 +338,13 @@ def test_command(capsys):
     assert "240 iterations, at 1.0 TFLOPS a GPU" in text
     assert main([*command, "--json", "--seconds-per-forward", "0.001"]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"]
     expected = facts["flops_per_iteration"] * 240 / 2 / facts["forward_flops"] * 0.001
     assert facts["seconds"] == pytest.approx(expected)
-    assert main([*command, "--set", "model.frozen_dtype=bf16", "--gpu-memory", "0.51"]) == 0
+
+
+def test_command_says_what_does_not_fit(capsys):
+    assert main(["plan", "--config", "demo", "--gpu-memory", "0.12", "--reserve", "0"]) == 0
     assert "fits      no" in capsys.readouterr().out
 
 
