@@ -125,9 +125,11 @@ def recipes(pack):
 
 @pytest.fixture
 def folders(pack):
-    import folder_paths  # ComfyUI's, on the path once the pack is imported
+    """ComfyUI's, whose lists of files are forgotten after the test: pytest deletes the folders."""
+    import folder_paths  # on the path once the pack is imported
 
-    return folder_paths
+    yield folder_paths
+    folder_paths.filename_list_cache.clear()
 
 
 @pytest.fixture
@@ -141,8 +143,7 @@ def put(tmp_path, monkeypatch, folders):
         monkeypatch.setitem(folders.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
         return name
 
-    yield write
-    folders.filename_list_cache.clear()  # of folders that pytest deletes after the test
+    return write
 
 
 @pytest.fixture(scope="session")

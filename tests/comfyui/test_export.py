@@ -34,14 +34,13 @@ def generator(pack, parts):
 
 
 @pytest.fixture
-def put(tmp_path, monkeypatch, pack, generator):
+def put(tmp_path, monkeypatch, pack, generator, folders):
     """Exports into one of ComfyUI's model folders."""
-    import folder_paths
 
     def write(kind: str, format_: str, dtype: str = "fp32", generator=generator) -> str:
         folder, options = tmp_path / kind, module(pack, "sid_train.models.family").ExportOptions(format_, dtype)
         module(pack, "sid_train.models.sdxl.export").export(generator, folder / "sid.safetensors", options)
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
+        monkeypatch.setitem(folders.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
         return "sid.safetensors"
 
     return write
@@ -126,15 +125,13 @@ def test_v_prediction_survives(nodes, put, generator):
     assert read == recipe  # the loader raises where ComfyUI loads the file as another kind of model
 
 
-def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch):
+def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch, folders):
     """diffusers' names, as DMD2 publishes: ComfyUI knows them for full-size SDXL only."""
-    import folder_paths
-
     export, recipes = module(pack, "sid_train.models.sdxl.export"), module(pack, "sid_train.core.recipe")
     source, path = tmp_path / "dmd2_sdxl_4step_unet_fp16.safetensors", tmp_path / "converted.safetensors"
     save_file({name: tensor.load().half() for name, tensor in parts.tensors.items()}, source)
     export.convert_unet(source, path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(folders.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name="converted.safetensors")
     assert recipe.timesteps == (999, 749, 499, 249)
     assert recipe.unit_variance_start

@@ -27,8 +27,8 @@ print(json.dumps({{"milliseconds": 1000 * taken, "packages": sorted(new), "nodes
 """
 
 
-# All but transformers, which ComfyUI itself imports.
-OF_THE_TRAINER = ["diffusers", "accelerate", "peft", "datasets", "pyarrow", "open_clip", "tensorboard", "einops"]
+# All but transformers and einops, which ComfyUI itself imports.
+OF_THE_TRAINER = ["diffusers", "accelerate", "peft", "datasets", "pyarrow", "open_clip", "tensorboard"]
 
 
 def test_import_is_quick_and_brings_no_other_package():
