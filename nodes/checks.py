@@ -34,7 +34,11 @@ def checked(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def check_and_execute(node: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
         try:
-            for declared in node.define_schema().inputs:
+            inputs = node.define_schema().inputs
+            if unknown := values.keys() - {declared.id for declared in inputs}:  # ComfyUI hands on any link
+                known = ", ".join(declared.id for declared in inputs)
+                raise ValueError(f"{shown(min(unknown), 100)}: expected one of this node's inputs ({known})")
+            for declared in inputs:
                 value = values.get(declared.id)
                 if declared.id in values and not (value is None and declared.optional):
                     CHECKS[str(declared.get_io_type())](declared.id, value, declared)

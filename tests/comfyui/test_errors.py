@@ -97,6 +97,11 @@ def download_that_was_cut_off(kit: Kit):
     run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.safetensors")
 
 
+@message(r"^negative: expected one of this node's inputs \(recipe\)")
+def link_to_an_input_that_is_not_there(kit: Kit):
+    run(kit.nodes["SiDRecipeInfo"], recipe=kit.recipe, negative=conditioning(1))
+
+
 @message(r"'diffusion_models' with filename 'gone.safetensors' not found")
 def file_that_is_gone(kit: Kit):
     run(kit.nodes["SiDDiffusionModelLoader"], unet_name="gone.safetensors")
