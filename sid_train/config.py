@@ -326,11 +326,11 @@ def config_from_dict(values: dict[str, dict[str, Any]], source: str) -> Config:
         try:
             sections[section] = types[section](**table)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise ValueError(f"{source}: {shown(error, 1000)}") from None
     try:
         return Config(**sections)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source}: {shown(error, 1000)}") from None
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:

@@ -72,7 +72,9 @@ def _digest(items: list) -> str:
 
 def require_same(found: Facts, expected: Facts, where: str) -> None:
     """ValueError that says which of the ``expected`` facts ``where`` has otherwise."""
-    differ = [f"{k} ({found.get(k)!r} there, {v!r} here)" for k, v in expected.items() if found.get(k) != v]
+    differ = [
+        f"{k} ({shown(repr(found.get(k)), 100)} there, {v!r} here)" for k, v in expected.items() if found.get(k) != v
+    ]
     if differ:
         raise ValueError(
             f"{where}: was encoded from something else: {', '.join(differ)}. Encode into another folder, or put the "
@@ -283,7 +285,9 @@ def _open_shard(path: Path) -> Iterator[Any]:
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}. Remove it and encode again") from None
+            raise ValueError(
+                f"{path}: not a whole safetensors file: {shown(error)}. Remove it and encode again"
+            ) from None
         with file:
             yield file
 

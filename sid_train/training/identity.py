@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import FREE_KEYS, SOURCE_KEYS, Config, config_from_dict
 from ..data.cache import prompts_digest
-from ..files.reading import reading
+from ..files.reading import reading, shown
 from ..models.bundle import ModelBundle
 from ..models.conditioning import PairSource
 from .checkpoint import Facts
@@ -66,8 +66,9 @@ def require_identity(facts: Facts, identity: Facts, config: Config, path: Path) 
         there, here = facts.get(name, identity[name]), identity[name]
         if there != here:
             raise ValueError(
-                f"{path}: the run was trained on other {name} than data.{name} = {source} has now ({there} then, "
-                f"{here} now): put the old ones back, or start another run with another --out"
+                f"{path}: the run was trained on other {name} than data.{name} = {source} has now "
+                f"({shown(there, 100)} then, {here} now): put the old ones back, or start another run with "
+                "another --out"
             )
 
 
@@ -75,6 +76,6 @@ def require_same_teacher(facts: Facts, sha256: str, path: Path) -> None:
     """ValueError where a checkpoint with ``facts`` was trained from a teacher with another hash."""
     if facts["teacher"] != sha256:
         raise ValueError(
-            f"{path}: the run was distilled from a teacher with SHA-256 {facts['teacher']}, but the file now has "
-            f"{sha256}: put the old one back, or start another run"
+            f"{path}: the run was distilled from a teacher with SHA-256 {shown(facts['teacher'], 100)}, but the file "
+            f"now has {sha256}: put the old one back, or start another run"
         )

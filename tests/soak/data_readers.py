@@ -92,12 +92,15 @@ def picture_readers(work: Path) -> list[Reader]:
         Reader("pictures.tar", tars, "given.tar", _read_all, 4),
         Reader("pictures.parquet", tables, "given.parquet", _read_all, 2),
         Reader("brace patterns", [braces], "given.txt", lambda p: open_pictures(_pattern(p)),
-               0.3, ("data.pairs",)),
+               0.3, ("data.pairs", "given-folder")),
     ]  # fmt: skip
 
 
 def _pattern(path: Path) -> str:
-    return str(path.parent / path.read_bytes()[:3000].decode(errors="replace"))
+    if not path.is_file():  # made a pipe or a folder, which says no pattern
+        return str(path.parent / "x")
+    with open(path, "rb") as file:
+        return str(path.parent / file.read(3000).decode(errors="replace"))
 
 
 def _read_all(path: Path) -> None:

@@ -182,10 +182,12 @@ def batch(reader: Reader, numbers: range, seed: int, work: Path, tally: Tally) -
         pid = os.fork()
         if not pid:
             os.close(source)
+            errors = os.fdopen(os.dup(2), "w")  # readers write to nothing
             try:
                 work_through(reader, range(first, numbers.stop), seed, work, sink)
             except BaseException:  # of this program, since a reader's are caught inside
-                traceback.print_exc()
+                traceback.print_exc(file=errors)
+                errors.flush()
                 os._exit(1)
             os._exit(0)
         os.close(sink)

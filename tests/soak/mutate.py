@@ -5,6 +5,7 @@ An input is a folder: ``{path in it: content}``, where a content is bytes, ``Pad
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -40,7 +41,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 
 def weird(rng: random.Random) -> Any:
-    return rng.choice(rng.choice((TEXTS, NUMBERS, SHAPES)))
+    return copy.deepcopy(rng.choice(rng.choice((TEXTS, NUMBERS, SHAPES))))  # nothing comes to hold itself
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def change_tree(rng: random.Random, tree: Any) -> Any:
     if kind == 0:
         del place[key]
     elif kind == 1 and isinstance(place, dict):
-        place[str(weird(rng))[:1000]] = node
+        place[str(weird(rng))[:1000]] = copy.deepcopy(node)
     elif kind == 2 and isinstance(node, int | float) and not isinstance(node, bool):
         place[key] = rng.choice((node + 1, node - 1, -node, node * 2**32, float(node), str(node), [node]))
     elif kind == 3:

@@ -43,9 +43,14 @@ def bases() -> list[dict]:
 
 
 def hostile(rng: random.Random, prompt: dict) -> dict:
-    """One or two inputs of SiD nodes changed; sometimes the name of a node, or a node itself."""
+    """One or two inputs of SiD nodes changed; sometimes the name of a node, or a node itself.
+
+    A link is to a node that is there: one to none, in an input that its node does not declare, ends ComfyUI's own
+    worker (NodeNotFoundError in ``ExecutionList.add_node``), whoever's nodes they are.
+    """
     made = json.loads(json.dumps(prompt))
     ours = [key for key, node in made.items() if node["class_type"].startswith("SiD")] or list(made)
+    values = [value for value in VALUES if not _is_link(value) or value[0] in made]
     for _ in range(rng.choice((1, 1, 2))):
         node = made[rng.choice(ours)]
         inputs = node["inputs"]
@@ -53,16 +58,20 @@ def hostile(rng: random.Random, prompt: dict) -> dict:
         draw = rng.random()
         if draw < 0.75:
             links = [[key, slot] for key in made for slot in range(3)]
-            inputs[name] = rng.choice(links) if rng.random() < 0.15 else rng.choice(VALUES)
+            inputs[name] = rng.choice(links) if rng.random() < 0.15 else rng.choice(values)
         elif draw < 0.85:
             del inputs[name]
             inputs.setdefault("kept", 0)
         elif draw < 0.92:
             name = rng.choice(("x", "\x1b", "a" * 9999, "model", "recipe", "negative", "strategy"))
-            inputs[name] = rng.choice(VALUES)
+            inputs[name] = rng.choice(values)
         elif draw < 0.95:
             node["class_type"] = rng.choice(("SiDNone", "", "<b>", "SiDLoRALoader", "SiDRecipeInfo", "a" * 9999))
         else:
-            node["inputs"] = rng.choice(({}, {"recipe": None}, {name: rng.choice(VALUES)}))
+            node["inputs"] = rng.choice(({}, {"recipe": None}, {name: rng.choice(values)}))
             break
     return made
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)

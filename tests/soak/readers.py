@@ -62,8 +62,14 @@ def _stored(work: Path) -> list[Reader]:
         Reader("cache", [of_cache], "", read_cache, 2, same=True),
         Reader("run folder", [of_run], "", read_run, 0.4),
         Reader("resumed run", [of_run], "", lambda p: command(*resumed, "--out", p), 0.02, seconds=60),
+        # Where nothing is known, some iterations are timed.
         Reader(
-            "demo's iterations.json", [{"iterations.json": b'{"minutes": 5.0, "iterations": 3}'}], "", read_demo, 0.3
+            "demo's iterations.json",
+            [{"iterations.json": b'{"minutes": 5.0, "iterations": 3}'}],
+            "",
+            read_demo,
+            0.3,
+            seconds=60,
         ),
     ]
 
@@ -80,7 +86,10 @@ def _configs() -> list[Reader]:
     lines = [f"{key}={value}" for key, value in Config().flat().items()]
 
     def read_sets(path: Path) -> None:
-        values = path.read_bytes().decode(errors="surrogateescape").split("\n")
+        if not path.is_file():  # made a pipe or a folder, which says no settings
+            return
+        with open(path, "rb") as file:
+            values = file.read(1 << 20).decode(errors="surrogateescape").split("\n")
         load_config("demo", [v for v in values if v.strip()][:50])
 
     sets: list[Input] = [{"sets.toml": line.encode()} for line in lines]
