@@ -77,5 +77,5 @@ def require_same_teacher(facts: Facts, sha256: str, path: Path) -> None:
     if facts["teacher"] != sha256:
         raise ValueError(
             f"{path}: the run was distilled from a teacher with SHA-256 {shown(facts['teacher'], 100)}, but the file "
-            f"now has {sha256}: put the old one back, or start another run"
+            f"now has {shown(sha256, 100)}: put the old one back, or start another run"
         )

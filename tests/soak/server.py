@@ -28,13 +28,13 @@ import common
 from common import ROOT, Promises
 from prompts import bases, hostile
 
-ANSWER, PROMPT, GROWTH, TEXT = 5.0, 30.0, 1536 << 20, 5000
+ANSWER, PROMPT, GROWTH, TEXT = 5.0, 30.0, 512 << 20, 5000
 UP = "the same process is up"
 ANSWERS = f"/system_stats is answered within {ANSWER:g} s"
 ENDS = f"a prompt is refused or ended within {PROMPT:g} s"
 KINDS = "an exception in the pack is a ValueError or an OSError"
 LINES = f"an error of the pack is printable, at most {TEXT:,} characters"
-GROWS = f"memory grows by at most {GROWTH >> 20:,} MiB"
+GROWS = f"after a fifth of the prompts memory grows by at most {GROWTH >> 20:,} MiB"
 INSIDE = "nothing is written outside output/ and temp/"
 AFTER = "a right prompt still runs in the end"
 
@@ -124,6 +124,14 @@ def let_it_end(server: Any) -> None:
             time.sleep(0.2)
 
 
+def forget(server: Any) -> None:
+    """Clears ComfyUI's list of what it ran."""
+    body = json.dumps({"clear": True}).encode()
+    request = urllib.request.Request(server.url + "/history", body, {"Content-Type": "application/json"})
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(request, timeout=60)
+
+
 def main() -> int:
     arguments = common.parser(__doc__.splitlines()[0], count=3000, minutes=40)
     arguments.add_argument("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")))
@@ -160,6 +168,10 @@ def main() -> int:
                 if time.monotonic() - promises.started > 60 * args.minutes:
                     print(f"{args.minutes:g} minutes are over after {number} prompts", flush=True)
                     break
+                if number == args.count // 5:  # by now ComfyUI holds each of the checkpoints
+                    watch.peak = before = memory(server.process.pid)
+                if number % 50 == 0:  # ComfyUI keeps its last 10,000 prompts, with texts of 5 MB as they are
+                    forget(server)
                 prompt = hostile(rng, rng.choice(prompts))
                 judge(server, prompt, promises, kinds)
                 promises.figures["prompts"] += 1
