@@ -20,7 +20,7 @@ from .captions import text_of
 from .decode import PICTURE_LIMIT, SUFFIXES, UNREAD_SUFFIXES, decode_picture
 from .entries import Dropped, Entry
 from .folders import read_folder, read_listed, suffix_of, walk
-from .tables import group_bytes, open_parquet, parquet_columns, read_texts
+from .tables import GROUP_LIMIT, group_bytes, open_parquet, parquet_columns, read_texts
 
 SETTING = "data.pairs"
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -32,8 +32,6 @@ SHARD_LIMIT = 100_000
 """Files that one pattern may stand for."""
 NAMES_LIMIT = 1 << 25
 """Characters of all their names."""
-GROUP_LIMIT = 1 << 32
-"""Bytes of a row group's pictures, which are in memory together."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -105,8 +103,8 @@ class ParquetPictures(Pictures):
         group = int(np.searchsorted(starts, entry.offset, side="right")) - 1
         if self.group != (entry.file, group):
             with open_parquet(entry.file, SETTING, (column,)) as file:
-                if (size := group_bytes(file, group, column)) > GROUP_LIMIT:
-                    raise ValueError(f"{size:,} bytes of pictures are in one row group: write it in smaller ones")
+                if (size := group_bytes(file, group)) > GROUP_LIMIT:
+                    raise ValueError(f"{size:,} bytes are in one row group: write it in smaller ones")
                 self.values = file.read_row_group(group, columns=[column]).column(column)
             self.group = (entry.file, group)
         value = self.values[entry.offset - starts[group]].as_py()

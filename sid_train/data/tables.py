@@ -19,8 +19,10 @@ ROW_LIMIT = 100_000_000
 """Rows of a table: a few bytes of Parquet can claim any number."""
 BATCH_ROWS = 256
 """Rows of a table's texts that are in memory at a time."""
+GROUP_LIMIT = 1 << 32
+"""Bytes of a row group."""
 BATCH_LIMIT = 1 << 30
-"""Bytes of a row group's texts, and of the texts of a batch."""
+"""Bytes of a batch of texts, and of a JSON file."""
 
 Record = tuple[str, dict[str, Any]]
 """Where it stands, for messages, and the record."""
@@ -144,22 +146,20 @@ def _import_pyarrow(where: str):
 
 
 def _leaves(file: Any) -> list[str]:
-    """The paths of the columns of bytes and texts that fit into one dictionary."""
-    schema = file.metadata.schema
-    leaves = []
-    for number in range(len(schema)):
-        groups = [file.metadata.row_group(group).column(number) for group in range(file.num_row_groups)]
-        largest = max((group.total_uncompressed_size for group in groups), default=0)
-        if schema.column(number).physical_type == "BYTE_ARRAY" and largest < 1 << 31:
-            leaves.append(schema.column(number).path)
-    return leaves
+    """The paths of the columns of bytes and texts, if they fit into one dictionary."""
+    if max((group_bytes(file, group) for group in range(file.num_row_groups)), default=0) >= 1 << 31:
+        return []
+    columns = (file.metadata.schema.column(number) for number in range(len(file.metadata.schema)))
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
 
 
-def group_bytes(file: Any, group: int, column: str) -> int:
-    """Bytes of one column of a row group, no longer compressed."""
-    found = file.metadata.row_group(group)
-    parts = [found.column(number) for number in range(found.num_columns)]
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+def group_bytes(file: Any, group: int) -> int:
+    """Bytes of a row group, no longer compressed.
+
+    Not those of one column: where a column's statistics contradict its schema, pyarrow (26) ends the whole process when
+    it is asked about the column.
+    """
+    return file.metadata.row_group(group).total_byte_size
 
 
 def read_texts(path: Path, setting: str, dropped: Dropped) -> Iterator[Record]:
@@ -168,8 +168,8 @@ def read_texts(path: Path, setting: str, dropped: Dropped) -> Iterator[Record]:
     key = text_key(parquet_columns(path, setting), file_name)
     with open_parquet(path, setting, (key,)) as file:
         for group in range(file.num_row_groups):
-            if (size := group_bytes(file, group, key)) > BATCH_LIMIT:
-                raise ValueError(f"{size:,} bytes of text are in one row group: write it in smaller ones")
+            if (size := group_bytes(file, group)) > GROUP_LIMIT:
+                raise ValueError(f"{size:,} bytes are in one row group: write it in smaller ones")
         row = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[key]):
             for value in _short_texts(batch.column(0)):

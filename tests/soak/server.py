@@ -34,7 +34,7 @@ ANSWERS = f"/system_stats is answered within {ANSWER:g} s"
 ENDS = f"a prompt is refused or ended within {PROMPT:g} s"
 KINDS = "an exception in the pack is a ValueError or an OSError"
 LINES = f"an error of the pack is printable, at most {TEXT:,} characters"
-GROWS = f"after a fifth of the prompts memory grows by at most {GROWTH >> 20:,} MiB"
+GROWS = f"after a fifth of the prompts the peak of memory grows by at most {GROWTH >> 20:,} MiB"
 INSIDE = "nothing is written outside output/ and temp/"
 AFTER = "a right prompt still runs in the end"
 
@@ -169,7 +169,7 @@ def main() -> int:
                     print(f"{args.minutes:g} minutes are over after {number} prompts", flush=True)
                     break
                 if number == args.count // 5:  # by now ComfyUI holds each of the checkpoints
-                    watch.peak = before = memory(server.process.pid)
+                    before = watch.peak
                 if number % 50 == 0:  # ComfyUI keeps its last 10,000 prompts, with texts of 5 MB as they are
                     forget(server)
                 prompt = hostile(rng, rng.choice(prompts))
