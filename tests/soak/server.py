@@ -28,7 +28,7 @@ import common
 from common import ROOT, Promises
 from prompts import bases, hostile
 
-ANSWER, PROMPT, GROWTH, TEXT = 5.0, 30.0, 512 << 20, 5000
+ANSWER, PROMPT, GROWTH, TEXT = 5.0, 30.0, 1 << 30, 5000
 UP = "the same process is up"
 ANSWERS = f"/system_stats is answered within {ANSWER:g} s"
 ENDS = f"a prompt is refused or ended within {PROMPT:g} s"
