@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..core.recipe import Unconditional
 from ..core.rng import BatchRNG
 from ..files.atomic import write_text
+from ..files.header import read_header
 from ..files.reading import TEXT_LIMIT, read_json, reading, shown
 from ..files.tensors import DamagedFile, LazyTensor, verify, write_tensors
 from ..models.bundle import ModelBundle
@@ -283,12 +284,10 @@ def _open_shard(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: there is no such file, but the index lists it: encode into this folder again")
     with reading(path, "a shard of a cache"):
         try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: not a whole safetensors file: {shown(error)}. Remove it and encode again"
-            ) from None
-        with file:
+            read_header(path)  # the format's own reader maps a file of any size first
+        except ValueError as error:
+            raise ValueError(f"{error}. Remove it and encode again") from None
+        with safe_open(path, framework="pt") as file:
             yield file
 
 

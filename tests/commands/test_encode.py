@@ -216,7 +216,10 @@ def test_damaged_caches_are_named(prompts, tmp_path):
     shard = folder / "prompts-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"prompts-00001\.safetensors: not a whole safetensors file"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompts-00001\.safetensors: .* but the file ends after .*Remove it",
+    ):
         load_prompt_table(table, load_model("demo"), "empty")
     shard.unlink()
     with pytest.raises(ValueError, match=r"prompts-00001\.safetensors: there is no such file"):
