@@ -82,5 +82,8 @@ def refuse_other_hosts(name: str, path: str) -> None:
 def read_header(path: str, source: str) -> dict[str, str]:
     """The metadata of a file; ValueError, which names ``source``, for one that is no safetensors file."""
     if not path.lower().endswith((".safetensors", ".sft")):
-        raise ValueError(f"{source}: expected a safetensors file. Convert it first: other formats can run code.")
+        raise ValueError(
+            f"{source}: expected a safetensors file, since other formats can run code. Convert it first, which "
+            "runs nothing of it: python -m sid_train convert FILE -o OUT.safetensors"
+        )
     return read_safetensors_metadata(path)

@@ -168,10 +168,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--energy", type=_number, default=0, help="instead of --rank: the share to keep, such as 0.95")
     sub.add_argument("--iteration", type=_whole, default=0, help="of a run's snapshot (default: its last checkpoint)")
 
-    sub = command("convert", "give an SDXL UNet that carries no recipe one of the presets (DMD2, LCM, Lightning ...)")
-    sub.add_argument("file", type=Path, help="a safetensors file, named as diffusers or as ldm names it")
-    sub.add_argument("-o", "--out", type=Path, required=True)
-    sub.add_argument("--recipe", required=True, help="the preset: 'DMD2 (4 steps)', for instance")
+    sub = command("convert", "make a file with a recipe of an SDXL UNet without one; reads the SiD authors' pickles")
+    sub.add_argument("file", type=Path, help="safetensors, or pickled (.pkl, .pth, .bin, .ckpt), which is never run")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file")
+    sub.add_argument("--recipe", help="a preset, 'DMD2 (4 steps)' for instance (default: what the file's name says)")
+    sub.add_argument("--steps", type=_whole, help="of SiD's timesteps, 1 to 8 (default: what the file's name says)")
+    sub.add_argument("--t-init", type=_whole, help="the first of SiD's timesteps (default: the name's, else 625)")
+    sub.add_argument(
+        "--format",
+        choices=["unet", "checkpoint"],
+        default="unet",
+        dest="format_",
+        help="unet: ComfyUI's diffusion model (default); checkpoint: all in one file, with --base",
+    )
+    sub.add_argument("--base", help="for --format checkpoint: the SDXL model with text encoders and VAE")
     sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="default: fp16")
     return parser
 

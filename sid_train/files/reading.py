@@ -68,7 +68,7 @@ def other_kind(first: bytes) -> str:
     if first.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page: the download went wrong; download it again"
     if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")):
-        return "it is a pickle or an archive (.ckpt, .pt, .zip): convert it first"
+        return "it is a pickle or an archive (.pkl, .ckpt, .pt, .zip): python -m sid_train convert reads a UNet in it"
     return ""
 
 

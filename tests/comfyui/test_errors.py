@@ -83,7 +83,7 @@ def file_that_is_not_safetensors(kit: Kit):
     run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.safetensors")
 
 
-@message(r"file.ckpt: expected a safetensors file. Convert it first")
+@message(r"file.ckpt: expected a safetensors file, .*python -m sid_train convert FILE -o")
 def pickled_file(kit: Kit):
     kit.put("diffusion_models", "file.ckpt", {"a": torch.zeros(1)})
     run(kit.nodes["SiDDiffusionModelLoader"], unet_name="file.ckpt", recipe=PRESET)
@@ -483,7 +483,7 @@ def unknown_strategy(kit: Kit):
     run(kit.nodes["SiDDistillationGuidance"], strategy="x")
 
 
-@message(r"teacher: .*base.ckpt: expected a safetensors file. Convert it first")
+@message(r"teacher: .*base.ckpt: expected a safetensors file, .*Convert it first")
 def pickled_teacher(kit: Kit):
     kit.write_recipe(file="base.ckpt")
 

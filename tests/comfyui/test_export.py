@@ -130,7 +130,7 @@ def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch, fo
     export, recipes = module(pack, "sid_train.models.sdxl.export"), module(pack, "sid_train.core.recipe")
     source, path = tmp_path / "dmd2_sdxl_4step_unet_fp16.safetensors", tmp_path / "converted.safetensors"
     save_file({name: tensor.load().half() for name, tensor in parts.tensors.items()}, source)
-    export.convert_unet(source, path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")
+    export.convert_unet(export.open_network(source), path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")
     monkeypatch.setitem(folders.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
     model, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name="converted.safetensors")
     assert recipe.timesteps == (999, 749, 499, 249)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import common
@@ -19,7 +21,8 @@ def model_readers(work: Path) -> list[Reader]:
 
     from sid_train.commands.inspect import inspect
     from sid_train.core.recipe import SiDRecipe
-    from sid_train.files.tensors import open_tensors
+    from sid_train.files.pickles import open_pickled
+    from sid_train.files.tensors import LazyTensor, open_tensors
     from sid_train.models.families import model_shapes, open_generator, open_model
     from sid_train.models.sdxl.lora import kohya_modules
 
@@ -54,6 +57,15 @@ def model_readers(work: Path) -> list[Reader]:
     generator_file = content_of(generator / "generator.safetensors", data=False)
     shutil.rmtree(generator)
 
+    pickled = [
+        {
+            "given.pkl": pickle.dumps(
+                {"ema": torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.GroupNorm(1, 3))}, number
+            )
+        }
+        for number in (3, 4, 5)
+    ]
+
     def one(*paths: Path, data: bool = True) -> list[Input]:
         return [{"given.safetensors": content_of(path, data)} for path in paths]
 
@@ -61,8 +73,8 @@ def model_readers(work: Path) -> list[Reader]:
     sdxl, digits = one(whole, data=False), [{"given.safetensors": generator_file}]
     file = "given.safetensors"
 
-    def load_all(path: Path) -> None:
-        for tensor in open_tensors(path).values():
+    def load_all(path: Path, opened: Callable[[Path], dict[str, LazyTensor]] = open_tensors) -> None:
+        for tensor in opened(path).values():
             tensor.load()
 
     def load_rest(path: Path) -> None:
@@ -74,6 +86,7 @@ def model_readers(work: Path) -> list[Reader]:
         Reader("recipe (inspect)", [*one(work / "lora.safetensors", work / "part.safetensors"), *digits],
                file, lambda p: (inspect(p, False), inspect(p, True)), 3),
         Reader("tensors", one(work / "types.safetensors", work / "types-2.safetensors"), file, load_all, 3),
+        Reader("pickle", pickled, "given.pkl", lambda p: load_all(p, open_pickled), 2),
         Reader("digits file", digits, file, lambda p: open_model(str(p)).load(torch.float32), 0.5),
         Reader("sdxl file", sdxl, file, lambda p: open_model(str(p)).load(None), 0.7),
         Reader("sdxl file, text and vae", sdxl, file, load_rest, 0.02),

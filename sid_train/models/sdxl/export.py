@@ -16,12 +16,13 @@ from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
 from ...files.header import read_safetensors_metadata
+from ...files.pickles import is_pickle
 from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
 from ..adapters import Adapter
 from ..family import ExportOptions, Generator, refuse_to_overwrite
 from .keys import UNET, VAE, rename, unet_modules
 from .lora import ALPHA, DOWN, UP, extract_lora, is_kohya, kohya_modules, with_one_alpha
-from .parts import MARKERS, REST, SDXLParts, load_vae, open_sdxl, rest_of, vae_tensors
+from .parts import MARKERS, REST, SDXLParts, load_vae, open_pickled_sdxl, open_sdxl, rest_of, vae_tensors
 
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
 
@@ -239,19 +240,30 @@ def _markers(recipe: SiDRecipe) -> dict[str, LazyTensor]:
     return {name: LazyTensor.of(torch.zeros(0)) for name, is_so in zip(MARKERS, wanted, strict=True) if is_so}
 
 
-def convert_unet(source: Path, path: Path, recipe: SiDRecipe, dtype: str) -> SiDRecipe:
-    """A UNet without a recipe, with diffusers' names (as DMD2 publishes) or ldm's, as a UNet file with ``recipe``."""
+def open_network(path: Path) -> SDXLParts:
+    """A UNet without a recipe, in a safetensors file or a pickled one, with diffusers' names or ldm's."""
+    if is_pickle(path):
+        return open_pickled_sdxl(path)
+    if has_recipe(read_safetensors_metadata(path)):
+        raise ValueError(f"{path}: it carries a recipe already; python -m sid_train inspect shows it")
+    return open_sdxl(str(path))
+
+
+def convert_unet(
+    parts: SDXLParts, path: Path, recipe: SiDRecipe, dtype: str, format_: str = "unet", base: str | None = None
+) -> None:
+    """Writes a UNet with ``recipe``, which says what it predicts: alone, or as a checkpoint with what ``base`` has."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    if has_recipe(read_safetensors_metadata(source)):
-        raise ValueError(f"{source}: it carries a recipe already; python -m sid_train inspect shows it")
-    refuse_to_overwrite(path, [source])
-    parts = open_sdxl(str(source))
-    recipe = replace(
-        recipe,
-        prediction_type=parts.prediction_type,
-        zero_terminal_snr=parts.zero_terminal_snr,
-        title=source.stem,
-    )
-    export_unet(path, Generator(parts, recipe, parts.tensors), DTYPES[dtype])
-    return recipe
+    if (format_ == "checkpoint") != (base is not None):
+        raise ValueError(
+            "--base: the format checkpoint takes text encoders and VAE from it, and no other format needs it"
+        )
+    if base is not None:
+        parts = replace(parts, **vars(rest_of(base)))
+    refuse_to_overwrite(path, [parts.weights, *parts.read_from])
+    generator = Generator(parts, recipe, parts.tensors)
+    if base is None:
+        export_unet(path, generator, DTYPES[dtype])
+    else:
+        export_checkpoint(path, generator, DTYPES[dtype])

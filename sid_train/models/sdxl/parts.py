@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.noise_schedule import PredictionType, VPSchedule
 from ...core.recipe import SDXL_ARCHITECTURE, has_recipe
 from ...files.header import read_safetensors_metadata
+from ...files.pickles import open_pickled
 from ...files.reading import reading, shown
 from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
@@ -203,10 +204,15 @@ def _predicts(stated: Stated, asked: str) -> PredictionType:
 # -- a single file -----------------------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path, asked: str, asked_by: str) -> SDXLParts:
+def open_pickled_sdxl(path: Path) -> SDXLParts:
+    """The UNet in a pickled file (see ``open_pickled``), without text encoders and VAE."""
+    return _from_file(path, AUTO, CONFIGURATION, open_pickled(path))
+
+
+def _from_file(path: Path, asked: str, asked_by: str, pickled: Tensors | None = None) -> SDXLParts:
     with reading(path, "an SDXL model"):
-        tensors = open_tensors(path)
-        metadata = read_safetensors_metadata(path)
+        tensors = open_tensors(path) if pickled is None else pickled
+        metadata = read_safetensors_metadata(path) if pickled is None else {}
         told = statements.of_tensors(tensors, shown(path)) + statements.of_settings(metadata, "its header", shown(path))
         stated = statements.combine(told, shown(path), asked, asked_by)
         prefix = UNET if any(name.startswith(UNET) for name in tensors) else ""

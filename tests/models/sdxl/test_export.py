@@ -24,7 +24,7 @@ from sid_train.files.tensors import HASH_KEY, LazyTensor, open_tensors, write_te
 from sid_train.models.adapters import Adapter
 from sid_train.models.families import export_generator, load_generator, open_generator
 from sid_train.models.family import ExportOptions, Generator, merge_lora
-from sid_train.models.sdxl.export import convert_unet
+from sid_train.models.sdxl.export import convert_unet, open_network
 from sid_train.models.sdxl.lora import extract_lora, kohya_modules, with_one_alpha
 from sid_train.models.sdxl.parts import open_sdxl
 from sid_train.sample import sample_images
@@ -255,12 +255,12 @@ def test_convert_gives_a_unet_its_recipe(teacher, tmp_path, layout):
     else:
         prefix = "model.diffusion_model."
         save_file({k.removeprefix(prefix): t for k, t in load_file(teacher).items() if k.startswith(prefix)}, source)
-    convert_unet(source, path, PRESETS["DMD2 (4 steps)"], "fp16")
+    convert_unet(open_network(source), path, PRESETS["DMD2 (4 steps)"], "fp16")
     generator = open_generator(str(path))
-    assert generator.recipe == replace(PRESETS["DMD2 (4 steps)"], title=source.stem)
+    assert generator.recipe == PRESETS["DMD2 (4 steps)"]
     assert all(torch.equal(t.load(), parts.tensors[k].load().half()) for k, t in generator.tensors.items())
     with pytest.raises(ValueError, match="carries a recipe already"):
-        convert_unet(path, source, PRESETS["DMD2 (4 steps)"], "fp16")
+        open_network(path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_an_output_that_is_an_input_is_refused(distilled, teacher, tmp_path):
     with pytest.raises(ValueError, match="which is read for it"):
         export(open_generator(str(unet)), unet, "unet", "fp32")
     with pytest.raises(ValueError, match="which is read for it"):
-        convert_unet(Path(teacher), soft, PRESETS["DMD2 (4 steps)"], "fp16")
+        convert_unet(open_network(Path(teacher)), soft, PRESETS["DMD2 (4 steps)"], "fp16")
     folder = replace(distilled.model, read_from=(tmp_path,))
     with pytest.raises(ValueError, match="a part of"):
         export(replace(distilled, model=folder), tmp_path / "new.safetensors", "unet", "fp16")

@@ -1,0 +1,69 @@
+"""What the names of the SiD authors' released files say of how a generator was trained, and so is sampled.
+
+Their files state nothing inside. The names are those in the repositories UT-Austin-PML/SiDA-StableDiffusion and
+UT-Austin-PML/SiD-LSG of the Hugging Face hub: ``SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452.pkl``,
+``batch512_cfg1.51.51.5_t625_8806_v2.pkl``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from .recipe import SiDRecipe, TrainingGuidance
+from .timesteps import DEFAULT_T_INIT, MAX_STEPS, timestep_ladder
+
+OF_THE_AUTHORS = re.compile(r"(SiDA?|SiD2A)_(SDXL|SD15|SD21)_|batch\d+_(sd21_)?cfg", re.IGNORECASE)
+STEPS = re.compile(r"(?<!\d)(\d{1,2})step", re.IGNORECASE)
+T_INIT = re.compile(r"(?<![a-z])t(\d{3})(?!\d)", re.IGNORECASE)
+# Three scales without anything between them: of the fake score while it learns, of the fake score, of the teacher.
+SCALES = re.compile(r"(?:^|_|cfg)(\d\.\d\d\.\d\d\.\d|\d{3})(?=_)", re.IGNORECASE)
+IMAGES = re.compile(r"(?<=_)0*(\d{3,5})(?=_v\d|$)")
+
+
+def recipe_of_name(stem: str) -> tuple[SiDRecipe, list[str]] | None:
+    """The recipe that a file's name without its ending says, and whence each fact is known; None for a name that is
+    not as the authors' are.
+    """
+    if not OF_THE_AUTHORS.match(stem):
+        return None
+    notes = []
+    found = STEPS.search(stem)
+    steps = int(found[1]) if found else 1
+    if not 1 <= steps <= MAX_STEPS:
+        return None
+    notes.append(f"steps: {steps}, " + (f"as the name says ({found[0]})" if found else "since the name says no other"))
+    found = T_INIT.search(stem)
+    t_init = int(found[1]) if found else DEFAULT_T_INIT
+    notes.append(f"t_init: {t_init}, " + (f"as the name says ({found[0]})" if found else GUESSED_T_INIT))
+    guidance, summary = TrainingGuidance(), {"source file": stem}
+    if (found := SCALES.search(stem)) is not None:
+        width = len(found[1]) // 3
+        guidance = guidance_of(*(float(found[1][i : i + width]) for i in range(0, 3 * width, width)))
+        notes.append(f"trained with: {guidance.strategy}, as the name says ({found[1]})")
+    if (found := IMAGES.search(stem)) is not None:
+        summary["thousands of images"] = found[1]
+    recipe = replace(
+        SiDRecipe(), timesteps=tuple(timestep_ladder(steps, t_init)), t_init=t_init, guidance=guidance, title=stem
+    )
+    return replace(recipe, training_summary=summary), notes
+
+
+GUESSED_T_INIT = (
+    f"a guess: the name does not say it, and {DEFAULT_T_INIT} is what the authors' code has. Other pictures come with "
+    "--t-init 999, for instance"
+)
+
+
+def guidance_of(fake_train: float, fake_eval: float, teacher: float) -> TrainingGuidance:
+    """The strategy with these scales, by its name (arXiv 2505.12674)."""
+    scales = (fake_train, fake_eval, teacher)
+    if scales == (1, 1, 1):
+        name = "none"
+    elif scales == (0, 0, 1):
+        name = "zero-cfg"
+    elif len(set(scales)) == 1:
+        name = "lsg"
+    else:
+        name = "custom"
+    return TrainingGuidance(name, *scales)

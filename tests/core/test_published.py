@@ -1,0 +1,48 @@
+"""The names of the authors' files, as their repositories list them."""
+
+import pytest
+
+from sid_train.core.published import recipe_of_name
+from sid_train.core.recipe import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("name", "timesteps", "strategy", "scales", "images"),
+    [
+        ("SiD_SDXL_4.54.54.5_AMPfp16_StepWise_4step_004421", (625, 468, 312, 156), "lsg", (4.5,) * 3, "4421"),
+        ("SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452", (625, 312), "zero-cfg", (0, 0, 1), "2452"),
+        (
+            "SiDA_SD15_001_1_ls1_lsd10_lsggan0.001_NoEMA_joint8step_001000",
+            (625, 546, 468, 390, 312, 234, 156, 78),
+            "zero-cfg",
+            (0, 0, 1),
+            "1000",
+        ),
+        ("batch512_cfg1.51.51.5_t625_8806_v2", (625,), "lsg", (1.5,) * 3, "8806"),
+        ("batch512_cfg4.54.54.5_t625_8380_v2", (625,), "lsg", (4.5,) * 3, "8380"),
+        ("batch512_cfg222_t625_12345", (625,), "lsg", (2,) * 3, "12345"),
+        ("batch512_sd21_cfg1.51.51.5_t625_9999_v2", (625,), "lsg", (1.5,) * 3, "9999"),
+    ],
+)
+def test_what_the_name_says(name, timesteps, strategy, scales, images):
+    recipe, notes = recipe_of_name(name)
+    guidance = recipe.guidance
+    assert recipe.timesteps == timesteps
+    assert (guidance.strategy, guidance.fake_train, guidance.fake_eval, guidance.teacher) == (strategy, *scales)
+    assert recipe.training_summary["thousands of images"] == images
+    assert recipe.sampling_guidance == "none"
+    assert any("a guess" in note for note in notes) == ("t625" not in name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "model", "sdxl_lightning_4step_unet", "SiD", "SiD_SDXL_99step", "dmd2_sdxl_4step_unet_fp16", *PRESETS]
+)
+def test_other_names_say_nothing(name):
+    assert recipe_of_name(name) is None
+
+
+def test_a_name_without_guidance_says_none():
+    recipe, notes = recipe_of_name("SiDA_SDXL_CFG_free_t999_joint4step")
+    assert recipe.timesteps == (999, 749, 499, 249)
+    assert (recipe.guidance.strategy, recipe.training_summary.keys()) == ("none", {"source file"})
+    assert not any("trained with" in note for note in notes)

@@ -1,0 +1,128 @@
+"""Pickles that do harm where they are obeyed: by name, the bytes of each."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+
+import torch
+
+
+class Reduces:
+    """Pickled as a call of ``function`` with ``arguments``."""
+
+    def __init__(self, function: object, *arguments: object):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.arguments
+
+
+def _call(module: str, name: str, *arguments: str) -> bytes:
+    """A call of a function that need not be there."""
+    given = b"".join(b"X" + struct.pack("<I", len(a)) + a.encode() for a in arguments)
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n(" + given + b"tR"
+
+
+def _ema(content: bytes) -> bytes:
+    return b"\x80\x04}\x8c\x03ema" + content + b"s."
+
+
+def _module(state: bytes, kind: str = "torch.nn.modules.linear", name: str = "Linear") -> bytes:
+    return f"c{kind}\n{name}\n".encode() + b")\x81" + state + b"b"
+
+
+def _with_blob(blob: bytes, call: str = "torch.storage\n_load_from_bytes") -> bytes:
+    """A network with one tensor whose numbers are ``blob``."""
+    storage = f"c{call}\n".encode() + b"B" + struct.pack("<I", len(blob)) + blob + b"\x85R"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x01\x85K\x01\x85\x89}tR"
+    return _ema(_module(b"}\x8c\x0b_parameters}\x8c\x06weight" + tensor + b"ss"))
+
+
+def storage_blob(tensor: torch.Tensor) -> bytes:
+    """A storage as ``torch.save`` writes it into a pickle."""
+    file = io.BytesIO()
+    torch.save(tensor.storage(), file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def hostile(touch: str) -> dict[str, bytes]:
+    """``touch``: a file that would be there, had one of them been obeyed."""
+    command = f"touch {touch}"
+    good = storage_blob(torch.ones(1))
+    deep = b"\x80\x04" + b")" + b"\x85" * 3_000_000 + b"."
+    key = b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
+    magic, protocol = good[: good.index(b".") + 1], b"\x80\x02M\xe9\x03."
+    return {
+        "os.system": pickle.dumps({"ema": Reduces(os.system, command)}),
+        "eval": pickle.dumps({"ema": Reduces(eval, f"open({touch!r}, 'w')")}),
+        "getattr": _ema(_call("builtins", "getattr", "a", "b")),
+        "posix.system by an old GLOBAL": _ema(_call("posix", "system", command)),
+        "subprocess": _ema(_call("subprocess", "check_output", command)),
+        "importlib": _ema(_call("importlib", "import_module", "antigravity")),
+        "torch.load": _ema(_call("torch", "load", touch)),
+        "torch.hub": _ema(_call("torch.hub", "load", "a", "b")),
+        "a name that begins alike": _ema(_call("torch.nnn", "Linear")),
+        "os beside torch.nn": _ema(_call("torch", "nn.os.system", command)),
+        "a function of torch.nn with arguments": _ema(_call("torch.nn.init", "ones_", "a")),
+        "a class of training with arguments": _ema(_call("training.loss", "Loss", command)),
+        "__setstate__ of another class": _ema(_module(b"}\x8c\x01aK\x01s", "ctypes", "CDLL")),
+        "state of a function": _ema(b"ctorch.nn.init\nones_\n}b"),
+        "state of a dictionary": _ema(b"}}b"),
+        "persistent id": _ema(b"\x8c\x03keyQ"),
+        "old persistent id": _ema(b"Pkey\n"),
+        "extension": _ema(b"\x82\x01"),
+        "extension of four bytes": _ema(b"\x84\x01\x00\x00\x00"),
+        "INST": b"(S'" + command.encode() + b"'\nios\nsystem\n.",
+        "OBJ": b"\x80\x02(cos\nsystem\nX" + struct.pack("<I", len(command)) + command.encode() + b"o.",
+        "NEWOBJ with arguments": _ema(b"ctorch.nn\nLinear\nK\x01\x85\x81"),
+        "NEWOBJ_EX": _ema(b"ctorch.nn\nLinear\n)}\x92"),
+        "out of band buffer": _ema(b"\x97"),
+        "nested in a blob: os.system": _with_blob(pickle.dumps(Reduces(os.system, command), 2)),
+        "nested in a blob behind the head": _with_blob(magic + protocol + pickle.dumps(Reduces(os.system, command), 2)),
+        "nested in a blob: a pickle in a pickle": _with_blob(_with_blob(good)),
+        "blob given to pickle.loads": _with_blob(pickle.dumps(Reduces(os.system, command)), "pickle\nloads"),
+        "blob cut off": _with_blob(good[:-2]),
+        "blob with a huge count": _with_blob(good.replace(b"K\x01Nt", b"\x8a\x05\x00\x00\x00\x00\x7fNt")),
+        "empty blob": _with_blob(b""),
+        "a tensor larger than its numbers": _with_blob(good).replace(
+            b"K\x00K\x01\x85K\x01", b"K\x00J\xff\xff\xff\x0f\x85K\x00"
+        ),
+        "a tensor that begins behind its numbers": _with_blob(good).replace(b"K\x00K\x01\x85", b"K\x63K\x01\x85"),
+        "huge memo index": b"\x80\x04}r\xff\xff\xff\xffh\x00.",
+        "huge length": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"a",
+        "huge text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"a",
+        "huge frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"}.",
+        "millions of instructions": b"\x80\x04" + b"}0" * 3_000_000 + b"}.",
+        "millions of objects": b"\x80\x04" + b"}" * 6_000_000 + b".",
+        "deep tuple": deep,
+        "deep tuple as a key": key,
+        "deep dictionaries": b"\x80\x04" + b"}\x8c\x01a" * 1_000_000 + b"}" + b"s" * 1_000_000 + b".",
+        "a module in itself": _ema(b"ctorch.nn\nLinear\n)\x81\x94}\x8c\x08_modules}\x8c\x01ah\x00ssb"),
+        "modules that double": _ema(
+            b"ctorch.nn\nLinear\n)\x81}\x8c\x08_modules}sb"
+            + b"".join(
+                b"\x94\x8c\x01zctorch.nn\nLinear\n)\x81}\x8c\x08_modules}\x8c\x01ah"
+                + bytes([i])
+                + b"s\x8c\x01bh"
+                + bytes([i])
+                + b"ssb"
+                for i in range(60)
+            )
+        ),
+        "truncated": pickle.dumps({"ema": {"a": 1}})[:-4],
+        "empty stack": b"\x80\x04.",
+        "no mark": b"\x80\x04t.",
+        "only marks": b"\x80\x04((((.",
+        "stop at once": b".",
+        "memo that is not there": b"\x80\x04h\x07.",
+        "not a pickle": b"\x80\x04\xff\xff\xff",
+        "nothing": b"\x80\x04N.",
+        "a text": b"\x80\x04\x8c\x01a.",
+        "protocol 0": pickle.dumps({"ema": 1}, 0),
+        "state that is no dictionary": _ema(_module(b"K\x01")),
+        "parameters that are no dictionary": _ema(_module(b"}\x8c\x0b_parametersK\x01s")),
+        "a parameter that is a text": _ema(_module(b"}\x8c\x0b_parameters}\x8c\x06weight\x8c\x01ass")),
+    }
