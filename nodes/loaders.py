@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -10,6 +12,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..sid_train.core.published import preset_of_name
 from ..sid_train.core.recipe import (
     PRESETS,
     SDXL_ARCHITECTURE,
@@ -27,7 +30,7 @@ from .models import check_model, fit_preset
 from .start import remember_start
 from .weights import check_numbers, check_unet, loading
 
-FROM_FILE = "from the file"
+AUTO, FROM_FILE = "auto", "from the file"
 WEIGHT_DTYPES = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -42,10 +45,11 @@ TEXT_ENCODER_PREFIXES = ("lora_te", "text_encoder")
 def _recipe_input() -> io.Combo.Input:
     return io.Combo.Input(
         "recipe",
-        options=[FROM_FILE, *PRESETS],
-        default=FROM_FILE,
-        tooltip=f"How to sample the file. '{FROM_FILE}' reads what its trainer wrote into it. For a file that says "
-        "nothing (DMD2, LCM, Lightning, a merge), pick what it was distilled as.",
+        options=[AUTO, FROM_FILE, *PRESETS],
+        default=AUTO,
+        tooltip=f"How to sample the file. '{AUTO}': as its trainer wrote into it, else what its name is known for, "
+        f"which the node then says. '{FROM_FILE}': only what is in it. For a file that says nothing (a merge, a file "
+        "under another name), pick what it was distilled as.",
     )
 
 
@@ -53,6 +57,19 @@ def _recipe_output() -> io.Custom.Output:
     return RecipeType.Output(
         display_name="recipe", tooltip="How to sample it: connect it to the SiD sampler and guidance nodes."
     )
+
+
+def choose(path: str, choice: str) -> tuple[str, list[str]]:
+    """What ``auto`` means for a file, ``from the file`` or a preset, and what the user should be told of it."""
+    if choice != AUTO or has_recipe(read_header(path, path)):
+        return FROM_FILE if choice == AUTO else choice, []
+    if (known := preset_of_name(Path(path).stem)) is None:
+        return FROM_FILE, []
+    preset, part = known
+    return preset, [
+        f"The file does not say how it is to be sampled. It is sampled as '{preset}', for its name has '{part}': if it "
+        "is something else, set 'recipe'."
+    ]
 
 
 def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
@@ -65,8 +82,8 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
         return PRESETS[choice], _replaced(choice, metadata, path)
     if not has_recipe(metadata):
         raise ValueError(
-            f"{path}: the file does not say how it is to be sampled. Set 'recipe' to what it was distilled as: "
-            f"{', '.join(PRESETS)}."
+            f"{path}: the file does not say how it is to be sampled, nor does its name. Set 'recipe' to what it was "
+            f"distilled as: {', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
     if split_architecture(recipe.architecture)[0] != SDXL_ARCHITECTURE:
@@ -137,6 +154,7 @@ class SiDCheckpointLoader(io.ComfyNode):
     @checked
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
         path = full_path("checkpoints", ckpt_name)
+        recipe, told = choose(path, recipe)
         how, messages = read_recipe(path, recipe)
         with loading(path, "an SDXL checkpoint"):
             model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
@@ -152,7 +170,7 @@ class SiDCheckpointLoader(io.ComfyNode):
                 "The file has no text encoders: take CLIP from another SDXL checkpoint, or put the file into "
                 "models/diffusion_models and use SiD Diffusion Model Loader."
             )
-        warn(cls, messages)
+        warn(cls, told + messages)
         return io.NodeOutput(remember_start(model), clip, vae, how)
 
 
@@ -187,12 +205,13 @@ class SiDDiffusionModelLoader(io.ComfyNode):
     def execute(cls, unet_name: str, recipe: str, weight_dtype: str) -> io.NodeOutput:
         path = full_path("diffusion_models", unet_name)
         options = dict(WEIGHT_DTYPES[weight_dtype])
+        recipe, told = choose(path, recipe)
         how, messages = read_recipe(path, recipe)
         with loading(path, "an SDXL UNet"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
         how, more = fit_recipe(model, how, recipe, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
-        warn(cls, messages)
+        warn(cls, told + messages)
         return io.NodeOutput(remember_start(model), how)
 
 
@@ -336,8 +355,9 @@ class SiDLoRALoader(io.ComfyNode):
     @checked
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
         path = full_path("loras", lora_name)
+        recipe, told = choose(path, recipe)
         how, messages = read_recipe(path, recipe)
         how, more = fit_recipe(model, how, recipe, path, is_lora=True)
-        patched, told = apply_lora(model, path, strength, allow_partial)
-        warn(cls, messages + more + told)
+        patched, of_lora = apply_lora(model, path, strength, allow_partial)
+        warn(cls, told + messages + more + of_lora)
         return io.NodeOutput(remember_start(patched), how)

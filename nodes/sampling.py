@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sid_train.core.recipe import PRESETS, SiDRecipe
-from ..sid_train.core.sampling import NOISE_MODES, few_step_sample, noise_sampler, seeded_noise
+from ..sid_train.core.sampling import NOISE_MODES, few_step_sample, implied_shares, noise_sampler, seeded_noise
 from ..sid_train.core.timesteps import MAX_STEPS, last_timesteps
 from .checks import checked
 from .common import RecipeType, schema, warn
@@ -30,7 +30,7 @@ DEFAULT_PRESET = "SiD 625 (4 steps)"
 FROM_RECIPE = "from the recipe"
 STARTS = ("auto", "noise", "latent")
 STEPS_TOOLTIP = (
-    "Network calls. 0: as many as it was trained for; another number takes SiD's timesteps from the same first one."
+    "Network calls. 0: as many as it was trained for; another number takes the timesteps of its family's rule."
 )
 DENOISE_TOOLTIP = (
     "1: a new picture. Below 1: keeps that much less of the given latent's structure, on the last of the trained "
@@ -38,7 +38,8 @@ DENOISE_TOOLTIP = (
 )
 NOISE_TOOLTIP = (
     f"The noise between steps. '{FROM_RECIPE}': as it was trained. fresh: new noise a step; fixed: the first noise "
-    "again; ddim: the noise that the last step implies. After DisableNoise, fresh and fixed draw that of seed 0."
+    "again; ddim: the noise that the last step implies; ancestral and tcd: a blend of implied and new noise (Turbo, "
+    "TCD). After DisableNoise, new noise is that of seed 0."
 )
 
 
@@ -135,6 +136,7 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
         check_sdxl(network, network.model_sampling, "model")  # of any guider
         noise, latent = find_start(model, network, x, sigmas[0], extra_args)
         draw = seeded_noise(noise, extra_args.get("seed") or 0)
+        shares = implied_shares(mode, sigmas, network.model_sampling, recipe.noise_gamma)
         first = network.model_sampling.sigmas[recipe.t_init]
         from_noise = start == "noise"
         if start == "auto":  # without noise (DisableNoise) the latent is all there is
@@ -151,7 +153,7 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
                 lambda x, sigma: model(x, sigma, **extra_args),
                 sigmas,
                 noise,
-                noise_sampler(mode, noise, draw),
+                noise_sampler(mode, noise, draw, shares),
                 x0=None if from_noise else latent,
                 callback=report,
                 unit_variance_start=recipe.unit_variance_start,

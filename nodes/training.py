@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..sid_train import configs
-from ..sid_train.core.timesteps import MAX_STEPS
+from ..sid_train.core.timesteps import MAX_SID_STEPS
 from ..sid_train.files.atomic import write_text
 from ..sid_train.files.reading import read_text, reading, shown
 from ..sid_train.files.tensors import open_tensors
@@ -67,7 +67,11 @@ class SiDTrainingRecipe(io.ComfyNode):
                     tooltip="The shipped configuration that everything else comes from: sizes, learning rates, memory.",
                 ),
                 io.Int.Input(
-                    "steps", default=4, min=1, max=MAX_STEPS, tooltip="Network calls of the generator: 1, 2, 4 ... 8."
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=MAX_SID_STEPS,
+                    tooltip="Network calls of the generator: 1, 2, 4 ... 8.",
                 ),
                 StrategyType.Input(
                     "strategy",

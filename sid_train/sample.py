@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core.recipe import SiDRecipe
-from .core.sampling import few_step_sample, initial_noise, ladder_sigmas, noise_sampler, seeded_noise
+from .core.sampling import few_step_sample, implied_shares, initial_noise, ladder_sigmas, noise_sampler, seeded_noise
 from .models.bundle import ModelBundle
 from .models.conditioning import Conditioning
 from .models.denoiser import Denoiser
@@ -33,6 +33,7 @@ def sample_latents(
 ) -> Tensor:
     """Latents [len(cond), *latent_shape] on the recipe's timesteps, one network call a step."""
     sigmas = ladder_sigmas(denoiser.schedule, recipe.timesteps_for(steps))
+    shares = implied_shares(recipe.noise_mode, sigmas, denoiser.schedule, recipe.noise_gamma)
     noise = initial_noise((len(cond), *latent_shape), seed).to(cond.device)
     batch_size = pictures_at_once(latent_shape)
     parts = []
@@ -45,7 +46,7 @@ def sample_latents(
                 lambda x, sigma, told=told: denoiser(x, sigma, told),
                 sigmas,
                 first,
-                noise_sampler(recipe.noise_mode, first, seeded_noise(first, seed)),
+                noise_sampler(recipe.noise_mode, first, seeded_noise(first, seed), shares),
                 unit_variance_start=recipe.unit_variance_start,
             )
         )

@@ -1,6 +1,6 @@
-"""What the names of the SiD authors' released files say of how a generator was trained, and so is sampled.
+"""What the names of published files say of how a generator was trained, and so is sampled: they state nothing inside.
 
-Their files state nothing inside. The names are those in the repositories UT-Austin-PML/SiDA-StableDiffusion and
+The SiD authors' names are those in the repositories UT-Austin-PML/SiDA-StableDiffusion and
 UT-Austin-PML/SiD-LSG of the Hugging Face hub: ``SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452.pkl``,
 ``batch512_cfg1.51.51.5_t625_8806_v2.pkl``.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .recipe import SiDRecipe, TrainingGuidance
-from .timesteps import DEFAULT_T_INIT, MAX_STEPS, timestep_ladder
+from .recipe import PRESETS, SiDRecipe, TrainingGuidance
+from .timesteps import DEFAULT_T_INIT, MAX_SID_STEPS, timestep_ladder
 
 OF_THE_AUTHORS = re.compile(r"(SiDA?|SiD2A)_(SDXL|SD15|SD21)_|batch\d+_(sd21_)?cfg", re.IGNORECASE)
 STEPS = re.compile(r"(?<!\d)(\d{1,2})step", re.IGNORECASE)
@@ -30,7 +30,7 @@ def recipe_of_name(stem: str) -> tuple[SiDRecipe, list[str]] | None:
     notes = []
     found = STEPS.search(stem)
     steps = int(found[1]) if found else 1
-    if not 1 <= steps <= MAX_STEPS:
+    if not 1 <= steps <= MAX_SID_STEPS:
         return None
     notes.append(f"steps: {steps}, " + (f"as the name says ({found[0]})" if found else "since the name says no other"))
     found = T_INIT.search(stem)
@@ -67,3 +67,32 @@ def guidance_of(fake_train: float, fake_eval: float, teacher: float) -> Training
     else:
         name = "custom"
     return TrainingGuidance(name, *scales)
+
+
+# -- other families ------------------------------------------------------------------------------------------------
+
+# Names of published files, in any spelling of their separators, and what presets of theirs are called; the number of
+# steps is the first group.
+FAMILIES = (
+    (re.compile(r"dmd2?_sdxl_(\d+)steps?", re.IGNORECASE), "DMD2"),
+    (re.compile(r"(?:sdxl|xl)_lightning_(\d+)steps?", re.IGNORECASE), "Lightning"),
+    (re.compile(r"hyper_sdxl_([248])steps?(?!s|_cfg)|hyper_sdxl_(1)step_unet", re.IGNORECASE), "Hyper-SD"),
+    (re.compile(r"pcm_sdxl_(?:small|normal)cfg_(\d+)steps?", re.IGNORECASE), "PCM"),
+    (re.compile(r"lcm_(?:lora_)?(?:sd)?xl|sdxl_lcm", re.IGNORECASE), "LCM"),
+    (re.compile(r"tcd_(?:sd)?xl|(?:sd)?xl_tcd", re.IGNORECASE), "TCD"),
+    (re.compile(r"(?:sd_?xl)_turbo", re.IGNORECASE), "Turbo"),
+    (re.compile(r"flash_(?:sd)?xl", re.IGNORECASE), "Flash"),
+)
+
+
+def preset_of_name(stem: str) -> tuple[str, str] | None:
+    """The preset for a file of another family, by its name without its ending, and the part of it that says so; None
+    where it says nothing, or names a number of steps that has no preset.
+    """
+    spelled = re.sub(r"[-. ]", "_", stem)
+    for pattern, family in FAMILIES:
+        if (found := pattern.search(spelled)) is not None:
+            steps = int(next((group for group in found.groups() if group), 4))
+            name = f"{family} ({steps} step{'s' * (steps > 1)})"
+            return (name, stem[found.start() : found.end()]) if name in PRESETS else None
+    return None

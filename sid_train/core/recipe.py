@@ -18,10 +18,11 @@ import torch
 from ..files.header import read_safetensors_metadata
 from ..files.reading import shown
 from .noise_schedule import PREDICTION_TYPES, VPSchedule
-from .sampling import NOISE_MODES, NoiseMode
-from .timesteps import DEFAULT_T_INIT, check_timesteps, timestep_ladder
+from .sampling import DEFAULT_GAMMA, NOISE_MODES, SID_NOISE_MODES, NoiseMode
+from .timesteps import DEFAULT_T_INIT, LADDERS, MAX_SID_STEPS, check_timesteps, ladder_timesteps, timestep_ladder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. A recipe is written as 1 where it says nothing that version 1 did not know."""
 Unconditional = Literal["empty", "zeros"]
 UNCONDITIONALS: tuple[str, ...] = get_args(Unconditional)
 SamplingGuidance = Literal["none", "cfg", "cfg first step only", "nag"]
@@ -64,7 +65,10 @@ class SiDRecipe:
 
     timesteps: the integers it was trained on, descending; ``t_init`` is their first, and if the rest is not the ladder
         of ``t_init`` that is an error unless ``ladder`` is ``explicit``
-    ladder: ``sid`` (t_init * (K - k) // K) or ``explicit`` (any other timesteps: LCM, DMD2 and their like)
+    ladder: the rule for another number of steps: ``sid`` (t_init * (K - k) // K), one of ``timesteps.LADDERS``, or
+        ``explicit`` (none but the timesteps themselves)
+    noise_mode: of the steps after the first, see ``sampling.noise_sampler``
+    noise_gamma: of the noise mode ``tcd``: 0 takes the implied noise alone, 1 a fresh one alone
     unit_variance_start: the network's first input is noise of unit variance (DMD2, LCM), not noised zeros (SiD)
     prediction_type: what the network predicts: epsilon, v_prediction, or flow (the velocity of rectified flow)
     training_resolution: height and width in pixels
@@ -79,8 +83,9 @@ class SiDRecipe:
     zero_terminal_snr: bool = False
     timesteps: tuple[int, ...] = tuple(timestep_ladder(4))
     t_init: int = DEFAULT_T_INIT
-    ladder: Literal["sid", "explicit"] = "sid"
+    ladder: str = "sid"
     noise_mode: NoiseMode = "fresh"
+    noise_gamma: float = DEFAULT_GAMMA
     unit_variance_start: bool = False
     training_resolution: tuple[int, int] = (1024, 1024)
     base_model_hash: str = ""
@@ -101,7 +106,7 @@ class SiDRecipe:
         one_of("sid.noise_mode", self.noise_mode, NOISE_MODES)
         one_of("sid.unconditional", self.unconditional, UNCONDITIONALS)
         one_of("sid.sampling.guidance", self.sampling_guidance, SAMPLING_GUIDANCES)
-        one_of("sid.ladder", self.ladder, ("sid", "explicit"))
+        one_of("sid.ladder", self.ladder, ("sid", "explicit", *LADDERS))
         steps = self.timesteps
         try:
             check_timesteps(steps)
@@ -109,16 +114,18 @@ class SiDRecipe:
             raise RecipeError(f"sid.{error}") from None
         if steps[0] != self.t_init:
             raise RecipeError(f"sid.t_init: expected {steps[0]}, the first of sid.timesteps, got {self.t_init}")
-        if self.ladder == "sid":
+        if self.ladder != "explicit":
             try:
-                expected = timestep_ladder(len(steps), self.t_init)
+                expected = ladder_timesteps(self.ladder, len(steps), self.t_init)
             except ValueError as error:
                 raise RecipeError(f"sid.{error}") from None
             if list(steps) != expected:
+                of = f"t_init {self.t_init}, whose ladder" if self.ladder == "sid" else f"{self.ladder}, whose ladder"
                 raise RecipeError(
-                    f"sid.timesteps: {list(steps)} disagree with t_init {self.t_init}, whose ladder of {len(steps)} "
-                    f"steps is {expected}"
+                    f"sid.timesteps: {list(steps)} disagree with {of} of {len(steps)} steps is {expected}"
                 )
+        if not 0 <= self.noise_gamma <= 1:
+            raise RecipeError(f"sid.noise_gamma: expected 0 to 1, got {self.noise_gamma}")
         if min(self.training_resolution) <= 0:
             raise RecipeError(f"sid.training_resolution: expected two sizes above 0, got {self.training_resolution}")
         for scale in ("fake_train", "fake_eval", "teacher"):
@@ -139,8 +146,16 @@ class SiDRecipe:
         return f"{self.base_model} SiD {self.steps}-step"
 
     def timesteps_for(self, steps: int | None = None) -> list[int]:
-        """The trained timesteps, or for another number of steps the SiD ladder from the same ``t_init``."""
-        return list(self.timesteps) if steps in (None, self.steps) else timestep_ladder(steps, self.t_init)
+        """The trained timesteps, or for another number of steps those of its ladder."""
+        if steps is None or steps == self.steps:
+            return list(self.timesteps)
+        return ladder_timesteps(self.ladder, steps, self.t_init)
+
+    @property
+    def format_version(self) -> int:
+        """The oldest that can say this recipe."""
+        known = self.ladder in ("sid", "explicit") and self.noise_mode in SID_NOISE_MODES
+        return 1 if known and self.steps <= MAX_SID_STEPS else 2
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -148,7 +163,7 @@ class SiDRecipe:
         """Flat string metadata for a safetensors header: ``sid.*`` and the ``modelspec.*`` that other tools read."""
         height, width = self.training_resolution
         metadata = {
-            "sid.format_version": str(FORMAT_VERSION),
+            "sid.format_version": str(self.format_version),
             "sid.base_model": self.base_model,
             "sid.base_model_hash": self.base_model_hash,
             "sid.prediction_type": self.prediction_type,
@@ -176,6 +191,8 @@ class SiDRecipe:
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.license": self.licence,
         }
+        if self.noise_mode == "tcd":
+            metadata["sid.noise_gamma"] = repr(float(self.noise_gamma))
         if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
             metadata["modelspec.predict_key"] = key
         return metadata
@@ -210,6 +227,7 @@ class SiDRecipe:
             "t_init": reader.number("sid.t_init", int),
             "ladder": reader.text("sid.ladder"),
             "noise_mode": reader.text("sid.noise_mode"),
+            "noise_gamma": reader.number("sid.noise_gamma", float, str(DEFAULT_GAMMA)),
             "unit_variance_start": reader.boolean("sid.unit_variance_start"),
             "training_resolution": (resolution[0], resolution[1]),
             "base_model_hash": reader.text("sid.base_model_hash"),
@@ -241,7 +259,12 @@ class SiDRecipe:
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
             *([("sigmas", self._sigmas())] if self.prediction_type in PREDICTION_TYPES else []),
-            ("noise mode", self.noise_mode + ", first noise of unit variance" * self.unit_variance_start),
+            (
+                "noise mode",
+                self.noise_mode
+                + f" (gamma {self.noise_gamma:g})" * (self.noise_mode == "tcd")
+                + ", first noise of unit variance" * self.unit_variance_start,
+            ),
             ("sample with guidance", f"{self.sampling_guidance} (CFG {self.sampling_cfg:g})"),
             (
                 "trained with guidance",
@@ -287,6 +310,10 @@ def _preset(timesteps: tuple[int, ...], **facts: Any) -> SiDRecipe:
     return replace(SiDRecipe(), **values | facts)
 
 
+def _of_ladder(ladder: str, steps: int, **facts: Any) -> SiDRecipe:
+    return _preset(tuple(ladder_timesteps(ladder, steps, 999)), ladder=ladder, **facts)
+
+
 # For files that carry no recipe: how the publishers of each kind say that they are to be sampled.
 PRESETS: dict[str, SiDRecipe] = {
     "SiD 625 (4 steps)": _preset((625, 468, 312, 156), ladder="sid"),
@@ -297,10 +324,24 @@ PRESETS: dict[str, SiDRecipe] = {
     "SiD 999 (1 step)": _preset((999,), ladder="sid"),
     "DMD2 (4 steps)": _preset((999, 749, 499, 249), unit_variance_start=True),
     "DMD2 (1 step)": _preset((399,), unit_variance_start=True),
-    "LCM (4 steps)": _preset((999, 759, 499, 259), unit_variance_start=True),
-    "Lightning (8 steps)": _preset((999, 874, 749, 624, 499, 374, 249, 124), noise_mode="ddim"),
-    "Lightning (4 steps)": _preset((999, 749, 499, 249), noise_mode="ddim"),
-    "Lightning (2 steps)": _preset((999, 499), noise_mode="ddim"),
+    "LCM (4 steps)": _of_ladder("consistency", 4, unit_variance_start=True),
+    "LCM (8 steps)": _of_ladder("consistency", 8, unit_variance_start=True),
+    "Lightning (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim"),
+    "Lightning (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim"),
+    "Lightning (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim"),
+    "Hyper-SD (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim", unit_variance_start=True),
+    "Hyper-SD (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim", unit_variance_start=True),
+    "Hyper-SD (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim", unit_variance_start=True),
+    "Hyper-SD (1 step)": _preset((800,), unit_variance_start=True),
+    "Turbo (4 steps)": _of_ladder("turbo", 4, noise_mode="ancestral"),
+    "Turbo (1 step)": _of_ladder("turbo", 1, noise_mode="ancestral"),
+    "TCD (4 steps)": _of_ladder("consistency", 4, noise_mode="tcd", unit_variance_start=True),
+    "TCD (8 steps)": _of_ladder("consistency", 8, noise_mode="tcd", unit_variance_start=True),
+    "PCM (16 steps)": _of_ladder("trailing", 16, noise_mode="ddim", unit_variance_start=True),
+    "PCM (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim", unit_variance_start=True),
+    "PCM (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim", unit_variance_start=True),
+    "PCM (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim", unit_variance_start=True),
+    "Flash (4 steps)": _of_ladder("consistency", 4, unit_variance_start=True),
 }
 
 

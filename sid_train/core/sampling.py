@@ -8,8 +8,10 @@ classifier-free guidance.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +19,12 @@ from torch import Tensor
 from .noise_schedule import NoiseSchedule, x0_to_epsilon
 from .timesteps import check_timesteps
 
-NoiseMode = Literal["fresh", "fixed", "ddim"]
+NoiseMode = Literal["fresh", "fixed", "ddim", "ancestral", "tcd"]
 NOISE_MODES: tuple[str, ...] = get_args(NoiseMode)
+SID_NOISE_MODES = ("fresh", "fixed", "ddim")
+"""Those that SiD trains with."""
+DEFAULT_GAMMA = 0.3
+"""Of ``tcd``: what its publishers recommend."""
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], sigma [B]) -> x0 [B, ...]"""
@@ -72,11 +78,17 @@ def seeded_noise(first_noise: Tensor, seed: int) -> Callable[[int], Tensor]:
     return draw
 
 
-def noise_sampler(mode: NoiseMode, first_noise: Tensor, draw: Callable[[int], Tensor]) -> NextNoise:
+def noise_sampler(
+    mode: NoiseMode,
+    first_noise: Tensor,
+    draw: Callable[[int], Tensor],
+    shares: Sequence[float] = (),
+) -> NextNoise:
     """The noise of the steps after the first.
 
     ``fresh`` takes ``draw(k)`` (``seeded_noise`` for reproducible pictures), ``fixed`` repeats the first noise, or
-    ``draw(0)`` where that is all zero, and ``ddim`` takes the noise that the last step implies.
+    ``draw(0)`` where that is all zero, and ``ddim`` takes the noise that the last step implies. ``ancestral`` and
+    ``tcd`` blend the implied noise with a fresh one, ``a * implied + sqrt(1 - a^2) * fresh`` with ``a = shares[k]``.
     """
     if mode == "fresh":
         return lambda k, x, sigma, x0: draw(k)
@@ -85,7 +97,38 @@ def noise_sampler(mode: NoiseMode, first_noise: Tensor, draw: Callable[[int], Te
         return lambda k, x, sigma, x0: repeated
     if mode == "ddim":
         return lambda k, x, sigma, x0: x0_to_epsilon(x0, x, sigma)
+    if mode in ("ancestral", "tcd"):
+        return lambda k, x, sigma, x0: shares[k] * x0_to_epsilon(x0, x, sigma) + (1 - shares[k] ** 2) ** 0.5 * draw(k)
     raise ValueError(f"noise mode: expected one of {', '.join(NOISE_MODES)}, got {mode!r}")
+
+
+class Timesteps(Protocol):
+    """What knows the timesteps of noise levels: a ``NoiseSchedule``, or ComfyUI's model sampling."""
+
+    def timestep(self, sigma: Tensor) -> Tensor: ...
+
+    def sigma(self, timestep: Tensor) -> Tensor: ...
+
+
+def implied_shares(mode: NoiseMode, sigmas: Tensor, timesteps: Timesteps, gamma: float = DEFAULT_GAMMA) -> list[float]:
+    """How much of the noise of each step is what the step before implied: [K], the first not used; [] for modes that
+    do not blend.
+
+    ``ancestral`` (k-diffusion's ancestral Euler step, with which Turbo is sampled): ``sigma_k / sigma_(k-1)``.
+    ``tcd`` ("Trajectory Consistency Distillation", arXiv 2402.19159, algorithm 4): the estimate goes down to the
+    timestep ``s = floor((1 - gamma) * t_k)`` with the implied noise, and up to t_k with a fresh one: ``sigma_s /
+    sigma_k``.
+
+    sigmas: the noise levels of the chain, then 0, [K + 1]
+    """
+    levels = sigmas[:-1]
+    if mode == "ancestral":
+        return [1.0, *(b / a for a, b in pairwise(levels.tolist()))]
+    if mode == "tcd":
+        below = [math.floor((1 - gamma) * round(t)) for t in timesteps.timestep(levels[1:]).tolist()]
+        lower = timesteps.sigma(torch.tensor(below, device=levels.device))
+        return [1.0, *(lower.to(levels) / levels[1:]).tolist()]
+    return []
 
 
 def few_step_sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.sampling import NOISE_MODES, NoiseMode
+from ..core.sampling import SID_NOISE_MODES, NoiseMode
 from ..core.timesteps import timestep_ladder
 from .guidance import GuidanceStrategy
 from .losses import SID_WEIGHTINGS, SiDWeighting
@@ -45,7 +45,7 @@ class MethodConfig:
         timestep_ladder(self.steps, self.t_init)
         _ = self.strategy  # parses it
         for name, value, allowed in (
-            ("noise_mode", self.noise_mode, NOISE_MODES),
+            ("noise_mode", self.noise_mode, SID_NOISE_MODES),
             ("matching", self.matching, ("uniform", "final")),
             ("weighting", self.weighting, SID_WEIGHTINGS),
             ("prompt_dropout_in", self.prompt_dropout_in, ("generator", "fake_score")),

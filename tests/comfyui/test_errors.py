@@ -107,7 +107,7 @@ def file_that_is_gone(kit: Kit):
     run(kit.nodes["SiDDiffusionModelLoader"], unet_name="gone.safetensors")
 
 
-@message(r"does not say how it is to be sampled. Set 'recipe' to what it was distilled as: .*DMD2 \(4 steps\)")
+@message(r"does not say how it is to be sampled, nor does its name. Set 'recipe' to .*: .*DMD2 \(4 steps\)")
 def file_without_a_recipe(kit: Kit):
     kit.load_unet()
 
@@ -138,9 +138,9 @@ def recipe_that_contradicts_itself(kit: Kit):
     kit.load_unet(says=kit.recipe, changes={"sid.timesteps": "625,468,300,156"})
 
 
-@message(r"sid.format_version: expected at most 1, got 2: update ComfyUI-SiD")
+@message(r"sid.format_version: expected at most 2, got 3: update ComfyUI-SiD")
 def recipe_of_a_newer_version(kit: Kit):
-    kit.load_unet(says=kit.recipe, changes={"sid.format_version": "2"})
+    kit.load_unet(says=kit.recipe, changes={"sid.format_version": "3"})
 
 
 @message(r"its recipe says prediction type v_prediction, but ComfyUI loaded the model as epsilon")
@@ -413,7 +413,7 @@ def split_sigmas(kit: Kit):
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
-@message(r"recipe: expected one of from the file, SiD 625 .* got 'x'")
+@message(r"recipe: expected one of auto, from the file, SiD 625 .* got 'x'")
 def unknown_preset(kit: Kit):
     kit.load_unet(recipe="x")
 
@@ -433,9 +433,14 @@ def unknown_noise_mode(kit: Kit):
     kit.sample(noise_mode="x")
 
 
-@message(r"steps: expected an integer from 0 to 8, got 9")
-def too_many_steps(kit: Kit):
+@message(r"steps: expected 1 to 8, got 9")
+def too_many_steps_for_sid(kit: Kit):
     kit.sample(steps=9)
+
+
+@message(r"steps: expected an integer from 0 to 16, got 17")
+def too_many_steps(kit: Kit):
+    kit.sample(steps=17)
 
 
 @message(r"denoise: expected a number from 0.01 to 1.0, got 0.0")
@@ -468,7 +473,7 @@ def timesteps_that_are_no_numbers(kit: Kit):
     run(kit.nodes["SiDRecipeOverride"], recipe=kit.recipe, timesteps="a b")
 
 
-@message(r"timesteps: expected 1 to 8 integers that fall, between 999 and 0, got \[100, 200\]")
+@message(r"timesteps: expected 1 to 16 integers that fall, between 999 and 0, got \[100, 200\]")
 def timesteps_that_rise(kit: Kit):
     run(kit.nodes["SiDRecipeOverride"], recipe=kit.recipe, timesteps="100 200")
 

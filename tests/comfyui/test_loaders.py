@@ -24,6 +24,30 @@ class TestDiffusionModel:
         _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="DMD2 (4 steps)")
         assert read.timesteps == (999, 749, 499, 249)
 
+    @pytest.mark.parametrize(
+        ("file", "preset", "part"),
+        [
+            ("dmd2_sdxl_4step_unet_fp16", "DMD2 (4 steps)", "dmd2_sdxl_4step"),
+            ("sd_xl_turbo_1.0_fp16", "Turbo (4 steps)", "sd_xl_turbo"),
+        ],
+    )
+    def test_published_name_is_known_and_told(self, nodes, put, tensors, recipes, caplog, file, preset, part):
+        name = put("diffusion_models", f"{file}.safetensors", tensors)
+        _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
+        assert read == recipes.PRESETS[preset]
+        assert f"It is sampled as '{preset}', for its name has '{part}'" in text_of(caplog)
+
+    def test_recipe_in_the_file_counts_before_its_name(self, nodes, put, tensors, recipes, caplog):
+        name = put("diffusion_models", "sdxl-turbo.safetensors", tensors, recipes.SiDRecipe().to_metadata())
+        for choice in ("auto", "from the file"):  # the second is what workflows had before there was the first
+            assert run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe=choice)[1] == recipes.SiDRecipe()
+        assert "its name has" not in text_of(caplog)
+
+    def test_from_the_file_takes_nothing_but_the_file(self, nodes, put, tensors):
+        name = put("diffusion_models", "sdxl-turbo.safetensors", tensors)
+        with pytest.raises(ValueError, match="does not say how it is to be sampled"):
+            run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="from the file")
+
     def test_preset_that_replaces_a_recipe_says_so(self, nodes, put, tensors, recipes, caplog):
         name = put("diffusion_models", "mine.safetensors", tensors, recipes.SiDRecipe().to_metadata())
         _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="SiD 999 (4 steps)")
@@ -46,7 +70,7 @@ class TestDiffusionModel:
         assert read.timesteps == (999, 759, 499, 259)
 
     def test_preset_in_place_of_a_recipe_that_cannot_be_read(self, nodes, put, tensors, recipes, caplog):
-        metadata = recipes.SiDRecipe().to_metadata() | {"sid.format_version": "2"}
+        metadata = recipes.SiDRecipe().to_metadata() | {"sid.format_version": "3"}
         name = put("diffusion_models", "newer.safetensors", tensors, metadata)
         run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="SiD 625 (4 steps)")
         assert "replaces the file's own recipe, which cannot be read" in text_of(caplog)

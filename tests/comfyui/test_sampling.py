@@ -46,11 +46,26 @@ def diffusers_reference(network, recipe, seed: int, noises) -> torch.Tensor:
         if recipe.noise_mode == "ddim" and k > 0:
             alpha = scheduler.alphas_cumprod[recipe.timesteps[k - 1]]
             noise = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
-        x = scheduler.add_noise(x0, noise, torch.tensor([t]))
+        if k and recipe.noise_mode in ("tcd", "ancestral"):
+            before, here = (scheduler.alphas_cumprod[s] for s in recipe.timesteps[k - 1 : k + 1])
+            x = blended(recipe, x0, (x - before.sqrt() * x0) / (1 - before).sqrt(), noise, before, here, scheduler, t)
+        else:
+            x = scheduler.add_noise(x0, noise, torch.tensor([t]))
         if k == 0 and recipe.unit_variance_start:
             x = noise
         x0 = scheduler.step(network(x, t), t, x, generator=torch.Generator()).pred_original_sample
     return x0
+
+
+def blended(recipe, x0, implied, fresh, before, here, scheduler, t: int) -> torch.Tensor:
+    """TCD's step from abar ``before`` to abar ``here``, as its scheduler writes it, or the ancestral Euler step."""
+    if recipe.noise_mode == "tcd":
+        lower = scheduler.alphas_cumprod[int(0.7 * t)]
+        down = lower.sqrt() * x0 + (1 - lower).sqrt() * implied
+        return (here / lower).sqrt() * down + (1 - here / lower).sqrt() * fresh
+    start, end = (((1 - abar) / abar).sqrt() for abar in (before, here))
+    up = (end**2 * (start**2 - end**2) / start**2).sqrt()
+    return here.sqrt() * (x0 + (end**2 - up**2).sqrt() * implied + up * fresh)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -63,6 +78,7 @@ def test_sampler_equals_diffusers(pack, nodes, model, v_model, make_recipe, step
 
 
 PRESET_NAMES = ("SiD 999 (2 steps)", "DMD2 (4 steps)", "DMD2 (1 step)", "LCM (4 steps)", "Lightning (4 steps)")
+PRESET_NAMES += ("TCD (4 steps)", "Turbo (4 steps)", "Hyper-SD (2 steps)", "PCM (16 steps)")
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sid_train.core.published import recipe_of_name
+from sid_train.core.published import preset_of_name, recipe_of_name
 from sid_train.core.recipe import PRESETS
 
 
@@ -46,3 +46,49 @@ def test_a_name_without_guidance_says_none():
     assert recipe.timesteps == (999, 749, 499, 249)
     assert (recipe.guidance.strategy, recipe.training_summary.keys()) == ("none", {"source file"})
     assert not any("trained with" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("dmd2_sdxl_4step_unet_fp16", "DMD2 (4 steps)"),
+        ("dmd2_sdxl_4step_lora_fp16", "DMD2 (4 steps)"),
+        ("dmd2_sdxl_1step_unet_fp16", "DMD2 (1 step)"),
+        ("sdxl_lightning_2step_unet", "Lightning (2 steps)"),
+        ("sdxl_lightning_4step_lora", "Lightning (4 steps)"),
+        ("realvisXL-lightning_8step", "Lightning (8 steps)"),
+        ("Hyper-SDXL-8steps-lora", "Hyper-SD (8 steps)"),
+        ("Hyper-SDXL-2steps-lora", "Hyper-SD (2 steps)"),
+        ("Hyper-SDXL-1step-Unet-Comfyui.fp16", "Hyper-SD (1 step)"),
+        ("lcm-lora-sdxl", "LCM (4 steps)"),
+        ("LCM_SDXL", "LCM (4 steps)"),
+        ("tcd-sdxl-lora", "TCD (4 steps)"),
+        ("pcm_sdxl_smallcfg_4step_converted", "PCM (4 steps)"),
+        ("pcm_sdxl_normalcfg_16step_converted", "PCM (16 steps)"),
+        ("sd_xl_turbo_1.0_fp16", "Turbo (4 steps)"),
+        ("sdxl-turbo", "Turbo (4 steps)"),
+        ("flash-sdxl", "Flash (4 steps)"),
+    ],
+)
+def test_presets_of_published_names(name, preset):
+    found, part = preset_of_name(name)
+    assert found == preset
+    assert part in name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sdxl_lightning_1step_x0",  # predicts x0
+        "Hyper-SDXL-8steps-CFG-lora",  # for CFG 5 to 8
+        "Hyper-SDXL-12steps-CFG-lora",
+        "Hyper-SDXL-1step-lora",
+        "dmd2_sdxl_3step",
+        "sd_xl_base_1.0",
+        "pytorch_lora_weights",
+        "turbo",
+        "my-lightning",
+    ],
+)
+def test_names_that_do_not_say_enough(name):
+    assert preset_of_name(name) is None

@@ -149,12 +149,12 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.timesteps", "625;468", "integers joined by ',', got '625;468'"),
         ("sid.timesteps", "", "integers joined by ',', got ''"),
         ("sid.timesteps", "625,468,312,157", "disagree with t_init 625"),
-        ("sid.timesteps", "156,312,468,625", "expected 1 to 8 integers that fall"),
-        ("sid.timesteps", "1000,750,500,250", "expected 1 to 8 integers that fall"),
+        ("sid.timesteps", "156,312,468,625", "expected 1 to 16 integers that fall"),
+        ("sid.timesteps", "1000,750,500,250", "expected 1 to 16 integers that fall"),
         ("sid.t_init", "6.25", "expected an integer, got '6.25'"),
         ("sid.t_init", "999", "expected 625, the first of sid.timesteps, got 999"),
-        ("sid.ladder", "karras", "expected one of sid, explicit, got 'karras'"),
-        ("sid.noise_mode", "euler", "expected one of fresh, fixed, ddim, got 'euler'"),
+        ("sid.ladder", "karras", "expected one of sid, explicit, trailing, consistency, turbo, got 'karras'"),
+        ("sid.noise_mode", "euler", "expected one of fresh, fixed, ddim, ancestral, tcd, got 'euler'"),
         ("sid.training_resolution", "1024", "expected HEIGHTxWIDTH, got"),
         ("sid.training_resolution", "1024x", "integers joined by 'x', got '1024x'"),
         ("sid.training_resolution", "0x1024", "expected two sizes above 0"),
@@ -248,12 +248,32 @@ def test_unknown_keys_are_left_alone(write):
     assert read_recipe(write(metadata | extra)) == SiDRecipe(title="t")
 
 
-def test_other_step_counts_take_the_ladder_of_the_same_t_init():
+def test_other_step_counts_take_the_familys_rule():
     recipe = PRESETS["LCM (4 steps)"]
     assert recipe.timesteps_for() == recipe.timesteps_for(4) == [999, 759, 499, 259]
-    assert recipe.timesteps_for(2) == [999, 499]
+    assert recipe.timesteps_for(3) == [999, 679, 339]
+    with pytest.raises(ValueError, match="steps: expected 1 to 16, got 17"):
+        recipe.timesteps_for(17)
+    assert PRESETS["DMD2 (4 steps)"].timesteps_for(3) == [999, 666, 333]
     with pytest.raises(ValueError, match="steps: expected 1 to 8, got 9"):
-        recipe.timesteps_for(9)
+        PRESETS["SiD 625 (4 steps)"].timesteps_for(9)
+    with pytest.raises(ValueError, match="expected 1 to 10 of Turbo's"):
+        PRESETS["Turbo (4 steps)"].timesteps_for(11)
+
+
+def test_only_what_version_1_cannot_say_is_written_as_version_2(tmp_path):
+    for name, recipe in PRESETS.items():
+        metadata = recipe.to_metadata()
+        old = name.startswith(("SiD", "DMD2", "Hyper-SD (1"))
+        assert metadata["sid.format_version"] == ("1" if old else "2"), name
+        assert ("sid.noise_gamma" in metadata) == name.startswith("TCD")
+        assert SiDRecipe.from_metadata(metadata, "x") == recipe
+    assert (
+        SiDRecipe.from_metadata(replace(PRESETS["TCD (4 steps)"], noise_gamma=0.5).to_metadata(), "x").noise_gamma
+        == 0.5
+    )
+    with pytest.raises(RecipeError, match=r"sid\.noise_gamma: expected 0 to 1, got 1\.5"):
+        replace(PRESETS["TCD (4 steps)"], noise_gamma=1.5)
 
 
 def test_description_and_plain_values_hold_every_fact():

@@ -7,7 +7,9 @@ from diffusers import DDPMScheduler
 from sid_train.core.noise_schedule import VPSchedule
 from sid_train.core.sampling import (
     NOISE_MODES,
+    SID_NOISE_MODES,
     few_step_sample,
+    implied_shares,
     initial_noise,
     ladder_sigmas,
     noise_sampler,
@@ -58,9 +60,9 @@ def test_impossible_ladders_are_errors(steps, t_init, message):
         timestep_ladder(steps, t_init)
 
 
-@pytest.mark.parametrize("timesteps", [[], [1000, 5], [5, -1], [100, 200], [100, 100], list(range(9, 0, -1))])
+@pytest.mark.parametrize("timesteps", [[], [1000, 5], [5, -1], [100, 200], [100, 100], list(range(17, 0, -1))])
 def test_timesteps_that_do_not_fall_or_are_out_of_range_are_errors(timesteps, schedule):
-    with pytest.raises(ValueError, match="timesteps: expected 1 to 8 integers that fall"):
+    with pytest.raises(ValueError, match="timesteps: expected 1 to 16 integers that fall"):
         check_timesteps(timesteps)
     with pytest.raises(ValueError, match="timesteps"):
         ladder_sigmas(schedule, timesteps)
@@ -109,7 +111,7 @@ def diffusers_chain(unet, cond, scheduler, timesteps, mode, noises):
     return outputs
 
 
-@pytest.mark.parametrize("mode", NOISE_MODES)
+@pytest.mark.parametrize("mode", SID_NOISE_MODES)
 @pytest.mark.parametrize("t_init", [625, 999])
 @pytest.mark.parametrize("model", ["epsilon", "v_prediction", "v_prediction, zero SNR"])
 @torch.no_grad()
@@ -175,7 +177,8 @@ def halve(x, sigma):
 
 def sample(first_noise, mode="fresh", steps=4, seed=5, denoise=halve, **options):
     sigmas = ladder_sigmas(VPSchedule.sdxl(), timestep_ladder(steps))
-    noise = noise_sampler(mode, first_noise, seeded_noise(first_noise, seed))
+    shares = implied_shares(mode, sigmas, VPSchedule.sdxl())
+    noise = noise_sampler(mode, first_noise, seeded_noise(first_noise, seed), shares)
     return few_step_sample(denoise, sigmas, first_noise, noise, **options)
 
 
@@ -234,8 +237,9 @@ def test_without_first_noise_the_later_steps_have_some(mode):
         assert noise.std() > 0.1
         if mode == "fixed":
             torch.testing.assert_close(noise, (seen[1][0] - seen[0][2]) / seen[1][1].view(-1, 1, 1, 1))
-        if mode != "ddim":
+        if mode in ("fresh", "fixed"):
             assert abs(noise.std() - 1) < 0.1
+        if mode != "ddim":
             assert (noise[0] - noise[1]).abs().max() > 0.1  # no two images of a batch get the same
 
 
@@ -296,5 +300,5 @@ def test_chain_is_fp32_whatever_the_network_returns():
 
 
 def test_unknown_noise_mode_is_an_error():
-    with pytest.raises(ValueError, match="noise mode: expected one of fresh, fixed, ddim, got 'none'"):
+    with pytest.raises(ValueError, match="noise mode: expected one of fresh, fixed, ddim, ancestral, tcd, got 'none'"):
         noise_sampler("none", torch.zeros(1), lambda k: torch.zeros(1))
