@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,11 +48,21 @@ def put(tmp_path, monkeypatch, pack, generator, folders):
 
 
 @pytest.fixture(scope="module")
-def latents(pack, generator) -> torch.Tensor:
-    """The chain of ``core.few_step_sample`` over the merged UNet in diffusers, fp32."""
-    sdxl, sampling = module(pack, "sid_train.models.sdxl.parts"), module(pack, "sid_train.core.sampling")
+def unet(pack, generator):
+    """The merged UNet in diffusers, fp32."""
+    build = module(pack, "sid_train.models.sdxl.parts").build_unet
+    return build(generator.model.unet_config, generator.merged(), torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def latents(pack, generator, unet) -> torch.Tensor:
+    return chain(pack, unet, generator.recipe)
+
+
+def chain(pack, unet, recipe) -> torch.Tensor:
+    """That of ``core.few_step_sample`` over a UNet of diffusers."""
+    sampling = module(pack, "sid_train.core.sampling")
     schedule = module(pack, "sid_train.core.noise_schedule").VPSchedule.sdxl()
-    unet = sdxl.build_unet(generator.model.unet_config, generator.merged(), torch.float32).eval()
     denoiser = module(pack, "sid_train.models.unet").UNetDenoiser(unet, schedule)
     ((text, extra),) = conditioning(1)
     size = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
@@ -59,7 +70,7 @@ def latents(pack, generator) -> torch.Tensor:
         text=text, pooled=extra["pooled_output"], time_ids=size
     )
     first = sampling.initial_noise((1, 4, 16, 16), SEED)
-    sigmas = sampling.ladder_sigmas(schedule, generator.recipe.timesteps)
+    sigmas = sampling.ladder_sigmas(schedule, recipe.timesteps)
     noises = sampling.noise_sampler("fresh", first, sampling.seeded_noise(first, SEED))
     with torch.no_grad():
         return sampling.few_step_sample(lambda x, sigma: denoiser(x, sigma, cond), sigmas, first, noises)
@@ -86,6 +97,20 @@ def test_unet_gives_the_chain_of_the_trainer(nodes, put, latents, generator):
         str(put_path(name)), model_options={"dtype": torch.float32}
     )
     assert_same(sampled(nodes, model, recipe), latents, 1e-5)
+
+
+def test_a_pickle_of_the_authors_gives_the_chain_of_the_object_in_it(pack, nodes, unet, tmp_path, monkeypatch, folders):
+    import comfy.sd
+
+    source, out = tmp_path / "SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452.pkl", tmp_path / "sida.safetensors"
+    source.write_bytes(pickle.dumps({"ema": unet}, 4))
+    module(pack, "sid_train.commands.convert").convert(source, out, None, None, None, "unet", None, "fp32")
+    monkeypatch.setitem(folders.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    _, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=out.name)
+    assert recipe.timesteps == (625, 312)
+    model = comfy.sd.load_diffusion_model(str(out), model_options={"dtype": torch.float32})
+    theirs = pickle.loads(source.read_bytes())["ema"]
+    assert_same(sampled(nodes, model, recipe), chain(pack, theirs, recipe), 1e-5)
 
 
 def put_path(name: str) -> Path:
