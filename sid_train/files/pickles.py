@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +135,8 @@ class _Machine:
 
     def run(self) -> Any:
         """What the pickle stands for."""
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(self.data)):
+        steps = pickletools.genops(cast("IO[bytes]", self.data))  # a map reads as a file does
+        for count, (opcode, argument, position) in enumerate(cast("Iterator[tuple[Any, Any, int]]", steps)):
             if count >= MAX_INSTRUCTIONS:
                 raise PickleError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
             if position >= self.end:
