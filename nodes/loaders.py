@@ -26,6 +26,7 @@ from ..sid_train.files.reading import reading, shown
 from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared
+from .lora_names import in_kohyas_names
 from .models import check_model, fit_preset
 from .start import remember_start
 from .weights import check_numbers, check_unet, loading
@@ -239,7 +240,7 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
     of other widths than the model's, and for one whose weights are NaN or infinite.
     """
     with reading(path, "a LoRA"):
-        loaded = comfy.utils.load_torch_file(path, safe_load=True)
+        loaded = in_kohyas_names(comfy.utils.load_torch_file(path, safe_load=True), read_header(path, path), path)
         tensors = _ReadTensors(comfy.lora_convert.convert_lora(loaded))
         patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
 
@@ -255,8 +256,8 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
     if len(missed) == len(expected):
         raise ValueError(
             f"{path}: expected a LoRA for this SDXL model, but none of its {len(expected)} tensors match; the first is "
-            f"{shown(missed[0], 200)!r}. ComfyUI reads kohya names (lora_unet_...lora_up.weight) and "
-            "diffusion_model.*.lora_A; convert peft or diffusers files first."
+            f"{shown(missed[0], 200)!r}. Read are the names of kohya (lora_unet_*.lora_up.weight), diffusers "
+            "(unet.*.lora.up.weight) and peft (base_model.model.*.lora_B.weight), with SDXL's modules in them."
         )
     check_numbers(expected, path)
     left_out = []

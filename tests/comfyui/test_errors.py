@@ -248,8 +248,8 @@ def lora_for_the_inpainting_unet(kit: Kit):
     kit.load_lora(kit.lora | conv_in_lora(9))
 
 
-@message(r"none of its \d+ tensors match; the first is 'base_model.model.*convert peft or diffusers files first")
-def lora_with_names_that_comfyui_does_not_read(kit: Kit):
+@message(r"none of its \d+ tensors match; the first is 'base_model.model.*Read are the names of kohya .* and peft")
+def lora_with_names_that_nobody_writes(kit: Kit):
     kit.load_lora({k.replace("lora_unet_", "base_model.model."): v for k, v in kit.lora.items()})
 
 
