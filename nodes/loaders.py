@@ -82,9 +82,11 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
     if choice != FROM_FILE:
         return PRESETS[choice], _replaced(choice, metadata, path)
     if not has_recipe(metadata):
+        known = preset_of_name(Path(path).stem)  # only where 'from the file' was asked for
+        or_auto = f"'{AUTO}' ({known[0]}, by its name), or to " if known else ""
         raise ValueError(
-            f"{path}: the file does not say how it is to be sampled, nor does its name. Set 'recipe' to what it was "
-            f"distilled as: {', '.join(PRESETS)}."
+            f"{path}: the file does not say how it is to be sampled{'' if known else ', nor does its name'}. Set "
+            f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
     if split_architecture(recipe.architecture)[0] != SDXL_ARCHITECTURE:
@@ -103,7 +105,7 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
         own = SiDRecipe.from_metadata(metadata, path)
     except RecipeError as error:
         return [f"'{choice}' replaces the file's own recipe, which cannot be read ({error})."]
-    chain = ("timesteps", "noise_mode", "unit_variance_start")
+    chain = ("timesteps", "noise_mode", "noise_gamma", "unit_variance_start")
     if all(getattr(own, name) == getattr(PRESETS[choice], name) for name in chain):
         return []
     return [

@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import struct
+import warnings
+import zipfile
 
 import torch
 
@@ -44,7 +46,28 @@ def _with_blob(blob: bytes, call: str = "torch.storage\n_load_from_bytes") -> by
 def storage_blob(tensor: torch.Tensor) -> bytes:
     """A storage as ``torch.save`` writes it into a pickle."""
     file = io.BytesIO()
-    torch.save(tensor.storage(), file, _use_new_zipfile_serialization=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch would like other storages
+        torch.save(tensor.storage(), file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+LEGACY = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    + b"\x80\x02M\xe9\x03."
+    + b"\x80\x02}X\x0d\x00\x00\x00little_endian\x88s."
+)
+ARCHIVED = (
+    b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00K\x01\x85K\x01\x85\x89}tRs."
+)
+
+
+def _archive(compression: int, content: bytes) -> bytes:
+    """An archive as ``torch.save`` writes it, with this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("x/data.pkl", content)
     return file.getvalue()
 
 
@@ -52,6 +75,17 @@ def hostile(touch: str) -> dict[str, bytes]:
     """``touch``: a file that would be there, had one of them been obeyed."""
     command = f"touch {touch}"
     good = storage_blob(torch.ones(1))
+    long = b"X" + struct.pack("<I", 1 << 20) + b"torch.nn." + b"a" * ((1 << 20) - 9) + b"\x940X\x01\x00\x00\x00b\x940"
+    alike = b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(200_000))
+    storage = b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(good)) + good + b"\x85R"
+    many = b"(" + b"\x8a\x06\xff\xff\xff\xff\xff\x7f" * 200_000 + b"K\x00t"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x01\x85K\x01\x85\x89}tR"
+    itself = b"ctorch.nn\nLinear\n)\x81\x94}\x8c\x08_modules}("
+    itself += b"".join(b"X\x06\x00\x00\x00%06dh\x00" % i for i in range(150_000)) + b"usb"
+    nones = b"}(" + b"".join(b"X\x06\x00\x00\x00%06dN" % i for i in range(90_000)) + b"u"
+    fat = b"ctorch.nn\nLinear\n)\x81}\x8c\x08_buffers" + nones + b"sb\x94"
+    fat = b"ctorch.nn\nLinear\n)\x81}\x8c\x08_modules}(" + b"\x8c\x01a" + fat
+    fat += b"".join(b"X\x06\x00\x00\x00%06dh\x00" % i for i in range(3_000)) + b"usb"
     deep = b"\x80\x04" + b")" + b"\x85" * 3_000_000 + b"."
     key = b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
     magic, protocol = good[: good.index(b".") + 1], b"\x80\x02M\xe9\x03."
@@ -87,6 +121,42 @@ def hostile(touch: str) -> dict[str, bytes]:
         "blob cut off": _with_blob(good[:-2]),
         "blob with a huge count": _with_blob(good.replace(b"K\x01Nt", b"\x8a\x05\x00\x00\x00\x00\x7fNt")),
         "empty blob": _with_blob(b""),
+        "blobs of many instructions": b"\x80\x04("
+        + b"".join(
+            b"ctorch.storage\n_load_from_bytes\nB"
+            + struct.pack("<I", 2_000_000)
+            + magic
+            + b"\x80\x02"
+            + b"N0" * 900_000
+            + b"."
+            + bytes(2_000_000 - len(magic) - 1_800_003)
+            + b"\x85R"
+            for _ in range(4)
+        )
+        + b"t.",
+        "long name of a class, many times": b"\x80\x04" + long + b"h\x00h\x01\x930" * 3000 + b"N.",
+        "long name of a tensor": _ema(
+            _module(b"}\x8c\x0b_parameters}X" + struct.pack("<I", 5000) + b"a" * 5000 + tensor + b"ss")
+        ),
+        "long text": b"\x80\x04X" + struct.pack("<I", 20_000_000) + b"a" * 19_999_996 + "\U0001f600".encode() + b".",
+        "keys that hash alike": b"\x80\x04}(" + alike + b"u.",
+        "a tensor of many dimensions": b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + b"K\x00"
+        + many
+        + many
+        + b"\x89}tR.",
+        "a module in itself, many times": b"\x80\x04" + itself + b".",
+        "buffers that are none, many times": b"\x80\x04" + fat + b".",
+        "names left out that are no set": _ema(_module(b"}\x8c\x1b_non_persistent_buffers_set]s")),
+        "persistent id of another form": LEGACY + b"\x80\x02K\x01K\x02\x86Q." + b"\x80\x02].",
+        "bomb of an archive": _archive(
+            zipfile.ZIP_DEFLATED, b"\x80\x02X" + struct.pack("<I", 1 << 28) + bytes(1 << 28) + b"."
+        ),
+        "archive: os.system": _archive(zipfile.ZIP_STORED, pickle.dumps(Reduces(os.system, command), 2)),
+        "archive: a tensor without its numbers": _archive(zipfile.ZIP_STORED, ARCHIVED),
+        "archive of nothing": b"PK\x05\x06" + bytes(18),
+        "no archive": b"PK\x03\x04" + bytes(100),
         "a tensor larger than its numbers": _with_blob(good).replace(
             b"K\x00K\x01\x85K\x01", b"K\x00J\xff\xff\xff\x0f\x85K\x00"
         ),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.published import GUESSED_T_INIT, recipe_of_name
+from ..core.published import GUESSED_T_INIT, preset_of_name, recipe_of_name
 from ..core.recipe import PRESETS, SiDRecipe
-from ..core.timesteps import DEFAULT_T_INIT, timestep_ladder
+from ..core.timesteps import DEFAULT_T_INIT, LADDERS, timestep_ladder
 from ..files.reading import shown
+from ..models.family import refuse_to_overwrite
 from ..models.sdxl.export import convert_unet, open_network
 
 
@@ -22,14 +23,24 @@ def convert(
     base: str | None,
     dtype: str,
 ) -> None:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{shown(out)}: expected a name that ends in .safetensors")
+    if format_ == "checkpoint" and base is None:
+        raise ValueError("--base: expected the SDXL model with text encoders and VAE for --format checkpoint")
+    if format_ != "checkpoint" and base is not None:
+        raise ValueError(f"--base: the format {format_} has no text encoders and no VAE: give --format checkpoint")
+    refuse_to_overwrite(out, [file])
     chosen, notes = choose_recipe(file, recipe, steps, t_init)
     parts = open_network(file)
     chosen = replace(
-        chosen, prediction_type=parts.prediction_type, zero_terminal_snr=parts.zero_terminal_snr, title=file.stem
+        chosen,
+        prediction_type=parts.prediction_type,
+        zero_terminal_snr=parts.zero_terminal_snr,
+        title=shown(file.stem),
     )
     print("\n".join([f"{shown(file)}: {len(parts.tensors):,} tensors", *notes, "", chosen.describe()]), flush=True)
-    convert_unet(parts, out, chosen, dtype, format_, base)
-    print(f"\n{out}")
+    convert_unet(parts, out, chosen, dtype, base)
+    print(f"\n{shown(out)}")
 
 
 def choose_recipe(
@@ -37,24 +48,30 @@ def choose_recipe(
 ) -> tuple[SiDRecipe, list[str]]:
     """How a file is to be sampled, and whence each fact is known: what is given, else what its name says."""
     notes: list[str] = []
+    stem = shown(file.stem)
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"--recipe: expected one of {', '.join(PRESETS)}, got {shown(preset)!r}")
         chosen = PRESETS[preset]
-    elif (named := recipe_of_name(file.stem)) is not None:
+    elif (named := recipe_of_name(stem)) is not None:
         chosen, notes = named
+    elif (published := preset_of_name(stem)) is not None:
+        chosen, notes = PRESETS[published[0]], [f"recipe: {published[0]}, as the name says ({published[1]})"]
     elif steps is None:
         raise ValueError(
             f"{shown(file)}: its name does not say how it is sampled: give --steps (and --t-init), or --recipe with "
             f"one of {', '.join(PRESETS)}"
         )
     else:
-        chosen, notes = SiDRecipe(), [] if t_init else [f"t_init: {DEFAULT_T_INIT}, {GUESSED_T_INIT}"]
+        chosen, notes = SiDRecipe(), [f"t_init: {DEFAULT_T_INIT}, {GUESSED_T_INIT}"]
     if steps is None and t_init is None:
         return chosen, notes
+    if chosen.ladder in LADDERS and t_init is None:
+        return replace(chosen, timesteps=tuple(chosen.timesteps_for(steps))), notes
     if chosen.ladder != "sid":
-        raise ValueError(f"--steps, --t-init: only for SiD's timesteps, which {preset} does not have")
-    given = {"steps": steps, "t_init": t_init}
-    notes = [note for note in notes if not any(given.get(fact) and note.startswith(f"{fact}:") for fact in given)]
-    first, count = t_init or chosen.t_init, steps or chosen.steps
-    return replace(chosen, t_init=first, timesteps=tuple(timestep_ladder(count, first))), notes
+        raise ValueError("--steps, --t-init: this recipe's timesteps have no rule for others")
+    first = chosen.t_init if t_init is None else t_init
+    timesteps = tuple(timestep_ladder(chosen.steps if steps is None else steps, first))
+    given = {"steps:": steps, "t_init:": t_init}
+    kept = [note for note in notes if given.get(note.partition(" ")[0]) is None]
+    return replace(chosen, t_init=first, timesteps=timesteps), kept

@@ -8,7 +8,6 @@ UT-Austin-PML/SiD-LSG of the Hugging Face hub: ``SiDA_SDXL_001_lrg0.5_batch256_j
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from .recipe import PRESETS, SiDRecipe, TrainingGuidance
 from .timesteps import DEFAULT_T_INIT, MAX_SID_STEPS, timestep_ladder
@@ -17,7 +16,7 @@ OF_THE_AUTHORS = re.compile(r"(SiDA?|SiD2A)_(SDXL|SD15|SD21)_|batch\d+_(sd21_)?c
 STEPS = re.compile(r"(?<!\d)(\d{1,2})step", re.IGNORECASE)
 T_INIT = re.compile(r"(?<![a-z])t(\d{3})(?!\d)", re.IGNORECASE)
 # Three scales without anything between them: of the fake score while it learns, of the fake score, of the teacher.
-SCALES = re.compile(r"(?:^|_|cfg)(\d\.\d\d\.\d\d\.\d|\d{3})(?=_)", re.IGNORECASE)
+SCALES = re.compile(r"(?:_|cfg)(\d\.\d\d\.\d\d\.\d)(?=_|$)|cfg(\d{3})(?=_|$)|_(001)(?=_|$)", re.IGNORECASE)
 IMAGES = re.compile(r"(?<=_)0*(\d{3,5})(?=_v\d|$)")
 
 
@@ -30,23 +29,23 @@ def recipe_of_name(stem: str) -> tuple[SiDRecipe, list[str]] | None:
     notes = []
     found = STEPS.search(stem)
     steps = int(found[1]) if found else 1
-    if not 1 <= steps <= MAX_SID_STEPS:
-        return None
     notes.append(f"steps: {steps}, " + (f"as the name says ({found[0]})" if found else "since the name says no other"))
     found = T_INIT.search(stem)
     t_init = int(found[1]) if found else DEFAULT_T_INIT
+    if not 1 <= steps <= min(MAX_SID_STEPS, t_init):
+        return None
     notes.append(f"t_init: {t_init}, " + (f"as the name says ({found[0]})" if found else GUESSED_T_INIT))
     guidance, summary = TrainingGuidance(), {"source file": stem}
     if (found := SCALES.search(stem)) is not None:
-        width = len(found[1]) // 3
-        guidance = guidance_of(*(float(found[1][i : i + width]) for i in range(0, 3 * width, width)))
-        notes.append(f"trained with: {guidance.strategy}, as the name says ({found[1]})")
+        scales = next(group for group in found.groups() if group)
+        width = len(scales) // 3
+        guidance = guidance_of(*(float(scales[i : i + width]) for i in range(0, 3 * width, width)))
+        notes.append(f"trained with: {guidance.strategy}, as the name says ({scales})")
     if (found := IMAGES.search(stem)) is not None:
         summary["thousands of images"] = found[1]
-    recipe = replace(
-        SiDRecipe(), timesteps=tuple(timestep_ladder(steps, t_init)), t_init=t_init, guidance=guidance, title=stem
-    )
-    return replace(recipe, training_summary=summary), notes
+    timesteps = tuple(timestep_ladder(steps, t_init))
+    recipe = SiDRecipe(timesteps=timesteps, t_init=t_init, guidance=guidance, training_summary=summary)
+    return recipe, notes
 
 
 GUESSED_T_INIT = (
@@ -71,17 +70,18 @@ def guidance_of(fake_train: float, fake_eval: float, teacher: float) -> Training
 
 # -- other families ------------------------------------------------------------------------------------------------
 
-# Names of published files, in any spelling of their separators, and what presets of theirs are called; the number of
-# steps is the first group.
+# Names of published files, with underscores for all separators, and what presets of theirs are called. The number of
+# steps is a group, where it is said.
 FAMILIES = (
-    (re.compile(r"dmd2?_sdxl_(\d+)steps?", re.IGNORECASE), "DMD2"),
-    (re.compile(r"(?:sdxl|xl)_lightning_(\d+)steps?", re.IGNORECASE), "Lightning"),
-    (re.compile(r"hyper_sdxl_([248])steps?(?!s|_cfg)|hyper_sdxl_(1)step_unet", re.IGNORECASE), "Hyper-SD"),
-    (re.compile(r"pcm_sdxl_(?:small|normal)cfg_(\d+)steps?", re.IGNORECASE), "PCM"),
-    (re.compile(r"lcm_(?:lora_)?(?:sd)?xl|sdxl_lcm", re.IGNORECASE), "LCM"),
-    (re.compile(r"tcd_(?:sd)?xl|(?:sd)?xl_tcd", re.IGNORECASE), "TCD"),
-    (re.compile(r"(?:sd_?xl)_turbo", re.IGNORECASE), "Turbo"),
-    (re.compile(r"flash_(?:sd)?xl", re.IGNORECASE), "Flash"),
+    (r"dmd2?_sdxl_(\d+)steps?", "DMD2"),
+    (r"(?:\w+_)?(?:sdxl|xl)_lightning_(\d+)steps?(?!_x0)", "Lightning"),
+    (r"hyper_sdxl_([248])steps?(?!_cfg)", "Hyper-SD"),
+    (r"hyper_sdxl_(1)step_unet", "Hyper-SD"),
+    (r"pcm_sdxl_(?:small|normal)cfg_(\d+)steps?", "PCM"),
+    (r"(?:lcm_(?:lora_)?sd_?xl|sd_?xl_lcm)(?:_(\d+)steps?)?", "LCM"),
+    (r"(?:tcd_sd_?xl|sd_?xl_tcd)(?:_(\d+)steps?)?", "TCD"),
+    (r"sd_?xl_turbo(?:_(\d+)steps?)?", "Turbo"),
+    (r"flash_sd_?xl(?:_(\d+)steps?)?", "Flash"),
 )
 
 
@@ -91,8 +91,9 @@ def preset_of_name(stem: str) -> tuple[str, str] | None:
     """
     spelled = re.sub(r"[-. ]", "_", stem)
     for pattern, family in FAMILIES:
-        if (found := pattern.search(spelled)) is not None:
-            steps = int(next((group for group in found.groups() if group), 4))
+        # From the beginning, and up to an end of a word: a style's LoRA may have any of these words within.
+        if (found := re.match(rf"(?:{pattern})(?![a-z0-9])", spelled, re.IGNORECASE)) is not None:
+            steps = int(found[1] or 4)
             name = f"{family} ({steps} step{'s' * (steps > 1)})"
-            return (name, stem[found.start() : found.end()]) if name in PRESETS else None
+            return (name, stem[: found.end()]) if name in PRESETS else None
     return None

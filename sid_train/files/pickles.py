@@ -5,23 +5,22 @@ instructions are followed on stand-ins: a class or function of the file is nothi
 its class and its state. Nothing is imported, called, opened or sized as the file says. What is more than data stops
 with its name.
 
-Read is what ``pickle.dump`` writes of a ``torch.nn.Module`` or a dictionary of tensors, in protocols 3 to 5. Such
-tensors stay in the file until they are loaded. Dictionaries that ``torch.save`` wrote are left to PyTorch.
+Read is what ``pickle.dump`` (protocols 3 to 5) and ``torch.save`` write of a ``torch.nn.Module`` or of a dictionary of
+tensors. The tensors stay in the file until they are loaded, and their numbers are not looked at before. Time and memory
+are bounded by ``MAX_INSTRUCTIONS``, ``MAX_TEXT`` and ``MAX_PARTS``, whatever the file's size.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import pickletools
-import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +29,14 @@ from .reading import reading, require_file, shown
 from .tensors import LazyTensor
 
 MAX_INSTRUCTIONS = 2_000_000
-"""Of one pickle: eight times what SDXL's UNet takes. Each takes at most some hundred bytes of memory."""
-MAX_PARTS, MAX_DEPTH = 100_000, 100
-"""Tensors and modules of one network, and modules in modules."""
+"""Of all pickles of a file: eight times what SDXL's UNet takes. Each takes at most some hundred bytes of memory."""
+MAX_TEXT = 10_000
+"""Bytes of a text. What is longer and no text is left in the file."""
+MAX_GLOBAL, MAX_NAME = 200, 1000
+"""Characters of the name of a class, and of a tensor."""
+MAX_PARTS, MAX_DEPTH, MAX_DIMENSIONS = 100_000, 100, 8
+"""Tensors and modules of one network, modules in modules, and dimensions of a tensor."""
+LARGEST = 2**48
 # What torch.save wrote before it wrote archives, and what it writes inside a pickled tensor, begins with this number.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -40,9 +44,9 @@ LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 ORDERED_DICT = "collections.OrderedDict"
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 NESTED_STORAGE = "torch.storage._load_from_bytes"
-SET = "builtins.set"
+SETS = ("builtins.set", "__builtin__.set")
 UNTYPED_STORAGE = "torch.storage.UntypedStorage"
-FUNCTIONS = (TENSOR, PARAMETER, NESTED_STORAGE, SET)
+FUNCTIONS = (TENSOR, PARAMETER, NESTED_STORAGE, *SETS)
 STAND_INS = ("torch.nn.", "diffusers.", "training.")
 """Modules whose classes may be named: PyTorch's, diffusers' and those of the SiD authors' code."""
 STORAGES = {
@@ -61,7 +65,7 @@ STORAGES = {
 
 
 class PickleError(ValueError):
-    """A pickle that asks for more than data."""
+    """A pickle that asks for more than data, or for more of it than a network has."""
 
 
 # -- what stands for what the file asks for ----------------------------------------------------------------------------
@@ -91,13 +95,13 @@ class Bytes:
     length: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Storage:
     """The numbers that tensors are views of: ``count`` of them, in the file from ``start`` on."""
 
     dtype: torch.dtype
-    start: int
     count: int
+    start: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,53 +123,98 @@ Persistent = Callable[[Any], Any]
 """What stands for an object that the pickle keeps elsewhere, by how it calls it."""
 
 
+@dataclass(frozen=True)
+class _LeftInFile:
+    """Stands for that many bytes, where ``pickletools`` expects them; it makes no text of it."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class _Source:
+    """A file as ``pickletools`` reads one; what is long is skipped. Counts the instructions of all its pickles."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.instructions = file, size, 0
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, place: int) -> None:
+        self.file.seek(place)
+
+    def read(self, count: int) -> bytes | _LeftInFile:
+        if count <= MAX_TEXT:
+            return self.file.read(count)
+        if self.tell() + count > self.size:
+            return b""
+        self.file.seek(count, 1)
+        return _LeftInFile(count)
+
+    def readline(self) -> bytes:
+        return self.file.readline(MAX_TEXT)
+
+
 class _Machine:
     """Follows the instructions of one pickle on stand-ins.
 
-    data: the file, read from where it stands
+    source: the file, read from where it stands
     end: where in the file the pickle must have ended
-    persistent: see ``Persistent``; None for the pickle of a whole file, whose storages are pickles in its bytes
+    persistent: see ``Persistent``; None for a pickle whose storages are pickles in its bytes
     """
 
-    def __init__(self, data: mmap.mmap, end: int, persistent: Persistent | None = None):
-        self.data, self.end, self.persistent = data, end, persistent
+    def __init__(self, source: _Source, end: int, persistent: Persistent | None = None):
+        self.source, self.end, self.persistent = source, end, persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.names: dict[tuple[str, str], Named] = {}
         self.storages: dict[int, Storage] = {}
 
     def run(self) -> Any:
-        """What the pickle stands for."""
-        steps = pickletools.genops(cast("IO[bytes]", self.data))  # a map reads as a file does
-        for count, (opcode, argument, position) in enumerate(cast("Iterator[tuple[Any, Any, int]]", steps)):
-            if count >= MAX_INSTRUCTIONS:
-                raise PickleError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
-            if position >= self.end:
-                raise PickleError("a tensor's numbers go on behind its bytes")
-            name = opcode.name
-            try:
-                if name == "STOP":
+        """The object that the pickle makes, of stand-ins."""
+        steps = pickletools.genops(cast("IO[bytes]", self.source))
+        try:
+            for opcode, argument, position in cast("Iterator[tuple[Any, Any, int]]", steps):
+                self.source.instructions += 1
+                if self.source.instructions > MAX_INSTRUCTIONS:
+                    raise PickleError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+                if position >= self.end:
+                    raise PickleError("a tensor's numbers go on behind its bytes")
+                if opcode.name == "STOP":
                     return self.pop()
-                if name in _PUSHES_ARGUMENT:
-                    self.stack.append(argument)
-                elif name in _CONSTANTS:
-                    self.stack.append(_CONSTANTS[name]())
-                elif name in _BYTES:
-                    self.stack.append(Bytes(position + 1 + _BYTES[name], len(argument)))
-                elif (step := getattr(self, f"do_{name.lower()}", None)) is not None:
-                    step(argument)
-                elif name not in ("PROTO", "FRAME"):
-                    raise PickleError(f"it has the instruction {name}, which no pickled network needs")
-            except (IndexError, KeyError, TypeError, AttributeError):
-                raise PickleError(f"its instruction {name} at byte {position:,} has nothing to work on") from None
+                self.try_to_follow(opcode.name, argument, position)
+        except TypeError:  # of pickletools, which was given no bytes to make a text of
+            raise PickleError(f"it has a text of more than {MAX_TEXT:,} bytes") from None
         raise PickleError("it ends before its last instruction")
+
+    def try_to_follow(self, name: str, argument: Any, position: int) -> None:
+        try:
+            self.follow(name, argument, position)
+        except PickleError:
+            raise
+        except (IndexError, KeyError, TypeError, AttributeError, ValueError):
+            raise PickleError(f"its instruction {name} at byte {position:,} has nothing to work on") from None
+
+    def follow(self, name: str, argument: Any, position: int) -> None:
+        if name in _PUSHES_ARGUMENT:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _BYTES:
+            self.stack.append(Bytes(position + 1 + _BYTES[name], len(argument)))
+        elif (step := getattr(self, f"do_{name.lower()}", None)) is not None:
+            step(argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise PickleError(f"it has the instruction {name}, which no pickled network needs")
 
     # Operands.
 
     def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is MARK:
-            raise IndexError
-        return value
+        if not self.stack or self.stack[-1] is MARK:
+            raise PickleError("it takes more than it has made")
+        return self.stack.pop()
 
     def pop_to_mark(self) -> list[Any]:
         for place in range(len(self.stack) - 1, -1, -1):
@@ -177,6 +226,17 @@ class _Machine:
 
     def take(self, count: int) -> tuple[Any, ...]:
         return tuple(reversed([self.pop() for _ in range(count)]))
+
+    def named(self, module: str, name: str) -> Named:
+        """The stand-in of a class or function; each name has one."""
+        if len(module) > MAX_GLOBAL or len(name) > MAX_GLOBAL:
+            raise PickleError(f"it asks for {shown(module, 60)}..., a name that no class has")
+        if (module, name) not in self.names:
+            full = f"{module}.{name}"
+            if full not in (ORDERED_DICT, *FUNCTIONS, *STORAGES) and not full.startswith(STAND_INS):
+                raise PickleError(f"it asks for {shown(full, 120)}, {_why_not(full)}")
+            self.names[module, name] = Named(full)
+        return self.names[module, name]
 
     # Instructions, by pickletools' names.
 
@@ -241,13 +301,13 @@ class _Machine:
 
     def do_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self.stack.append(_named(module, name))
+        self.stack.append(self.named(module, name))
 
     def do_stack_global(self, _: object) -> None:
         module, name = self.take(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
-        self.stack.append(_named(module, name))
+        self.stack.append(self.named(module, name))
 
     def do_binpersid(self, _: object) -> None:
         if self.persistent is None:
@@ -273,7 +333,7 @@ class _Machine:
             self.stack.append(self._nested(*arguments))
         elif kind.name == TENSOR:
             self.stack.append(_view(*arguments[:4]))
-        elif kind.name == SET:
+        elif kind.name in SETS:
             self.stack.append(set(map(_key, _list(*arguments))))
         elif kind.name == PARAMETER:
             if not isinstance(arguments[0], View):
@@ -287,10 +347,13 @@ class _Machine:
         if self.persistent is not None:
             raise PickleError("a tensor's numbers hold another pickle")
         if content.start not in self.storages:
-            back = self.data.tell()
-            self.data.seek(content.start)
-            self.storages[content.start] = _legacy_storage(self.data, content.start + content.length)
-            self.data.seek(back)
+            back = self.source.tell()
+            self.source.seek(content.start)
+            storage = _legacy(self.source, content.start + content.length)
+            if not isinstance(storage, Storage):
+                raise TypeError
+            self.storages[content.start] = storage
+            self.source.seek(back)
         return self.storages[content.start]
 
 
@@ -310,13 +373,6 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 _BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
 
 
-def _named(module: str, name: str) -> Named:
-    full = f"{module}.{name}"
-    if full not in (ORDERED_DICT, *FUNCTIONS, *STORAGES) and not full.startswith(STAND_INS):
-        raise PickleError(f"it asks for {shown(full, 120)}, which no pickled network needs")
-    return Named(full)
-
-
 def _object(kind: Any, arguments: Any) -> Object:
     if not isinstance(kind, Named) or kind.name in (*FUNCTIONS, *STORAGES):
         raise TypeError
@@ -332,10 +388,20 @@ def _list(value: Any) -> list[Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key that hashes at once: a tuple of tuples of tuples would not."""
-    if not isinstance(value, str | int | float | None):
+    """A key that hashes at once, which a tuple of tuples of tuples would not, and unlike others: integers beyond 2**61
+    can be made to hash alike.
+    """
+    if not isinstance(value, str | None) and not (isinstance(value, int) and 0 <= value < 2**32):
         raise TypeError
     return value
+
+
+def _why_not(name: str) -> str:
+    if name.startswith(("_codecs.", "copy_reg.")):
+        return "as pickles of protocol 2 and older do: save it again with pickle's default protocol"
+    if name.startswith("torch."):
+        return "which is not read: save the network's state_dict() instead"
+    return "which no pickled network needs"
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -343,8 +409,11 @@ def _key(value: Any) -> Any:
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any) -> View:
     """A tensor within its storage. PickleError for one that is larger: it would take more memory than the file."""
-    sizes = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-    if not isinstance(storage, Storage) or not sizes or not all(_is_size(n) for n in (offset, *shape, *strides)):
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise TypeError
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise TypeError
+    if not all(_is_size(n) for n in (offset, *shape, *strides)) or math.prod(max(n, 1) for n in shape) >= LARGEST:
         raise TypeError
     count = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -354,53 +423,101 @@ def _view(storage: Any, offset: Any, shape: Any, strides: Any) -> View:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
-def _storage_dtype(kind: Any) -> torch.dtype:
-    if not isinstance(kind, Named):
+def _storage(kind: Any, count: Any) -> Storage:
+    """One that is not found yet."""
+    if not isinstance(kind, Named) or not _is_size(count):
         raise TypeError
     if kind.name not in STORAGES:
         raise PickleError(f"a tensor's numbers are of {shown(kind.name, 80)}, which is none of PyTorch's storages")
-    return STORAGES[kind.name]
+    return Storage(STORAGES[kind.name], count)
 
 
-def _legacy_storage(data: mmap.mmap, end: int) -> Storage:
-    """One storage as ``torch.save`` wrote it before it wrote archives, from where the file stands to ``end``.
+def _legacy(source: _Source, end: int) -> Any:
+    """What ``torch.save`` wrote before it wrote archives, from where the file stands to ``end``.
 
     https://github.com/pytorch/pytorch/blob/main/torch/serialization.py, ``_legacy_save``: four pickles (a number, a
     version, facts of the machine, the object), a list of keys, and for each key its count and its numbers.
     """
+    storages: dict[str, Storage] = {}
 
-    def persistent(found: Any) -> Any:
-        _, kind, _, _, count, *_ = found
-        if not _is_size(count):
-            raise TypeError
-        return Storage(_storage_dtype(kind), 0, count)
+    def persistent(found: Any) -> Storage:
+        _, kind, key, _, count, *view = found
+        if view not in ([], [None]):
+            raise PickleError("a tensor's numbers are a part of another's, as PyTorch before 0.4 wrote them")
+        if key not in storages:
+            storages[key] = _storage(kind, count)
+        return storages[key]
 
-    magic, _, facts, storage, keys = (_Machine(data, end, persistent).run() for _ in range(5))
-    if magic != LEGACY_MAGIC or not isinstance(facts, dict):
+    magic, _, facts, content, keys = (_Machine(source, end, persistent).run() for _ in range(5))
+    if magic != LEGACY_MAGIC or not isinstance(facts, dict) or keys != sorted(storages):
         raise PickleError("a tensor's numbers are not as torch.save writes them")
     if facts.get("little_endian") is not True:
         raise PickleError("its numbers are those of a big-endian machine")
-    if not isinstance(storage, Storage) or not isinstance(keys, list) or len(keys) != 1:
-        raise PickleError("a tensor's numbers are not as torch.save writes them")
-    (count,) = struct.unpack("<q", data.read(8))
-    if count != storage.count:
-        raise PickleError(f"a tensor has {count:,} numbers for the {storage.count:,} that it should have")
-    start = data.tell()
-    if start + count * storage.dtype.itemsize > end:
-        raise PickleError("a tensor's numbers go on behind its bytes")
-    return Storage(storage.dtype, start, count)
+    for key in keys:
+        storage, head = storages[key], source.file.read(8)
+        (count,) = struct.unpack("<q", head) if len(head) == 8 else (-1,)
+        if count != storage.count:
+            raise PickleError(f"a tensor has {count:,} numbers for the {storage.count:,} that it should have")
+        storage.start = source.tell()
+        source.seek(storage.start + count * storage.dtype.itemsize)
+        if source.tell() > end:
+            raise PickleError("a tensor's numbers go on behind its bytes")
+    return content
 
 
-def _load(data: mmap.mmap, view: View) -> Tensor:
-    storage = view.storage
+def _archive(file: BinaryIO) -> Any:
+    """What ``torch.save`` writes: an archive of the object's pickle and, as they are, the numbers of each storage."""
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise PickleError("it is an archive, but none that torch.save writes")
+        root, storages = pickles[0].removesuffix("data.pkl"), dict[str, Storage]()
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            raise PickleError("its members are compressed, which torch.save's are not")
+        if f"{root}byteorder" in members and archive.read(f"{root}byteorder")[:10] != b"little":
+            raise PickleError("its numbers are those of a big-endian machine")
+
+        def persistent(found: Any) -> Storage:
+            _, kind, key, _, count = found
+            if key not in storages:
+                storages[key] = _storage(kind, count)
+                storages[key].start, size = _place(file, members[f"{root}data/{key}"])
+                if size != count * storages[key].dtype.itemsize:
+                    raise PickleError(f"a tensor has {size:,} bytes for the {count:,} numbers that it should have")
+            return storages[key]
+
+        size = members[pickles[0]].file_size
+        with archive.open(pickles[0]) as pickled:
+            return _Machine(_Source(cast("BinaryIO", pickled), size), size, persistent).run()
+
+
+def _place(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where a member of an archive starts, behind a head with two names of its own lengths, and its bytes."""
+    back = file.tell()
+    file.seek(info.header_offset)
+    head = file.read(30)
+    file.seek(back)
+    if len(head) < 30:
+        raise PickleError("it is an archive that was cut off: copy or download it again")
+    return info.header_offset + 30 + sum(struct.unpack("<HH", head[26:])), info.file_size
+
+
+def _load(path: Path, view: View) -> Tensor:
+    """The tensor, with nothing else of its storage in memory."""
+    dtype = view.storage.dtype
     if not math.prod(view.shape):
-        return torch.empty(view.shape, dtype=storage.dtype)
-    end = storage.start + storage.count * storage.dtype.itemsize
-    numbers = torch.frombuffer(bytearray(memoryview(data)[storage.start : end]), dtype=storage.dtype)
-    return numbers.as_strided(view.shape, view.strides, view.offset).contiguous()
+        return torch.empty(view.shape, dtype=dtype)
+    count = 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+    with reading(path, "a pickled network"), open(path, "rb") as file:
+        file.seek(view.storage.start + view.offset * dtype.itemsize)
+        data = bytearray(count * dtype.itemsize)
+        if file.readinto(data) != len(data):
+            raise ValueError("it ends within a tensor: copy or download it again")
+    return torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.strides).contiguous()
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -410,7 +527,10 @@ def is_pickle(path: Path) -> bool:
     """Whether a file begins as ``pickle`` or ``torch.save`` write one."""
     require_file(path)
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        start = file.read(9)
+    if start[8:] == b"{":  # a safetensors file, which begins with any number
+        return False
+    return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
 
 def open_pickled(path: Path) -> dict[str, LazyTensor]:
@@ -419,32 +539,35 @@ def open_pickled(path: Path) -> dict[str, LazyTensor]:
 
     Of a dictionary of networks, as training codes keep them, it is ``ema``; of one with a ``state_dict``, that.
     """
-    with reading(path, "a pickled network"):
-        require_file(path)
-        with open(path, "rb") as file:
+    size = require_file(path)
+    with reading(path, "a pickled network"), open(path, "rb") as file:
+        try:
             start = file.read(len(LEGACY_START))
-        if start.startswith(b"PK") or start == LEGACY_START:
-            return _saved_by_torch(path)
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        views = dict(_views(_Machine(data, len(data)).run()))
-        if not views:
-            raise PickleError("it holds no tensors")
-        return {
-            name: LazyTensor(view.shape, view.storage.dtype, partial(_load, data, view), _source(path, name))
-            for name, view in views.items()
-        }
-
-
-def _source(path: Path, name: str) -> str:
-    return f"{shown(path)}: tensor {shown(name, 120)}"
+            file.seek(0)
+            if start.startswith(b"PK"):
+                root = _archive(file)
+            elif start == LEGACY_START:
+                root = _legacy(_Source(file, size), size)
+            else:
+                root = _Machine(_Source(file, size), size).run()
+            views = dict(_views(root))
+            if not views:
+                raise PickleError("it holds no tensors")
+        except PickleError as error:
+            raise ValueError(f"{shown(path)}: expected a pickled network, but {error}") from None
+    return {
+        name: LazyTensor(
+            view.shape, view.storage.dtype, partial(_load, path, view), f"{shown(path)}: tensor {shown(name, 120)}"
+        )
+        for name, view in views.items()
+    }
 
 
 def _views(root: Any) -> Iterator[tuple[str, View]]:
     """The tensors of the network in ``root``, as its ``state_dict`` would name them."""
     entries = _entries(root)
     for key in ("ema", "state_dict"):
-        if isinstance(root, dict) and key in entries:
+        if isinstance(entries.get(key), dict | Object):
             root, entries = entries[key], _entries(entries[key])
             break
     if entries and all(isinstance(value, View) for value in entries.values()):
@@ -452,33 +575,38 @@ def _views(root: Any) -> Iterator[tuple[str, View]]:
         return
     if not isinstance(root, Object) or not isinstance(root.state, dict):
         raise PickleError(f"it holds no network, but {_described(root, entries)}")
-    parts, waiting = 0, [("", root, 0)]
+    parts, waiting = 1, [("", root, 0)]
     while waiting:
         prefix, module, depth = waiting.pop()
         state = module.state if isinstance(module, Object) else None
         if not isinstance(state, dict) or depth > MAX_DEPTH:
             raise PickleError(f"{shown(prefix, 120) or 'its network'} is no module of PyTorch")
-        left_out = state.get("_non_persistent_buffers_set") or set()
-        tensors, modules = (_named_in(state, prefix, *kinds) for kinds in (("_parameters", "_buffers"), ("_modules",)))
-        parts += 1 + len(tensors)
+        left_out = state.get("_non_persistent_buffers_set", set())
+        if not isinstance(left_out, set):
+            raise PickleError(f"_non_persistent_buffers_set of {shown(prefix, 120) or 'its network'} is no set")
+        parameters, buffers, modules = (
+            _named_in(state, prefix, kind) for kind in ("_parameters", "_buffers", "_modules")
+        )
+        parts += len(parameters) + len(buffers) + len(modules)
         if parts > MAX_PARTS:
             raise PickleError(f"its network has more than {MAX_PARTS:,} parts")
-        for name, view in tensors.items():
-            if not isinstance(view, View):
-                raise PickleError(f"{shown(prefix + name, 120)} is no tensor")
-            if name not in left_out:
+        for name, view in [*parameters.items(), *((n, b) for n, b in buffers.items() if n not in left_out)]:
+            if view is not None:
+                if not isinstance(view, View):
+                    raise PickleError(f"{shown(prefix + name, 120)} is no tensor")
                 yield prefix + name, view
-        waiting += [(f"{prefix}{name}.", below, depth + 1) for name, below in reversed(modules.items())]
+        below = [(f"{prefix}{name}.", module, depth + 1) for name, module in modules.items() if module is not None]
+        waiting += reversed(below)
 
 
-def _named_in(state: dict[Any, Any], prefix: str, *kinds: str) -> dict[str, Any]:
-    """What a module's state has of these ``kinds``, by name, without what is None."""
-    found: dict[str, Any] = {}
-    for kind in kinds:
-        named = state.get(kind, {})
-        if named and not isinstance(named, dict | Object):
-            raise PickleError(f"{kind} of {shown(prefix, 120) or 'its network'} are no dictionary")
-        found |= {str(name): value for name, value in _entries(named).items() if value is not None}
+def _named_in(state: dict[Any, Any], prefix: str, kind: str) -> dict[str, Any]:
+    """What a module's state has of this ``kind``, by name."""
+    named = state.get(kind, {})
+    if not isinstance(named, dict | Object):
+        raise PickleError(f"{kind} of {shown(prefix, 120) or 'its network'} are no dictionary")
+    found = {str(name): value for name, value in _entries(named).items()}
+    if any(len(prefix) + len(name) > MAX_NAME for name in found):
+        raise PickleError(f"a name in {shown(prefix, 120) or 'its network'} has more than {MAX_NAME:,} characters")
     return found
 
 
@@ -489,22 +617,6 @@ def _entries(value: Any) -> dict[Any, Any]:
 def _described(root: Any, entries: dict[Any, Any]) -> str:
     if entries:
         return f"a dictionary of {shown(', '.join(map(str, list(entries)[:5])), 200)}"
-    return f"an object of {shown(root.kind.name, 120)}" if isinstance(root, Object) else f"a {type(root).__name__}"
-
-
-def _saved_by_torch(path: Path) -> dict[str, LazyTensor]:
-    """A dictionary of tensors that ``torch.save`` wrote, by PyTorch's own reader of data alone."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # its message advises to run the file
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise PickleError(
-            f"it asks for {shown(asked[1], 120)}, which no dictionary of tensors needs"
-            if asked
-            else f"PyTorch cannot read it as data: {shown(str(error).partition(chr(10))[0], 200)}"
-        ) from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise PickleError(f"it holds no tensors by name, but {_described(found, _entries(found))}")
-    return {str(name): LazyTensor.of(tensor, _source(path, str(name))) for name, tensor in found.items()}
+    if isinstance(root, Object | Named):
+        return f"an object of {shown(root.kind.name if isinstance(root, Object) else root.name, 120)}"
+    return "nothing" if root is None else f"a value of type {type(root).__name__}"

@@ -45,7 +45,7 @@ class TestDiffusionModel:
 
     def test_from_the_file_takes_nothing_but_the_file(self, nodes, put, tensors):
         name = put("diffusion_models", "sdxl-turbo.safetensors", tensors)
-        with pytest.raises(ValueError, match="does not say how it is to be sampled"):
+        with pytest.raises(ValueError, match=r"sampled\. Set 'recipe' to 'auto' \(Turbo"):
             run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="from the file")
 
     def test_preset_that_replaces_a_recipe_says_so(self, nodes, put, tensors, recipes, caplog):

@@ -107,18 +107,22 @@ def test_a_state_dictionary_in_ldm_names(folder, pipeline, tmp_path, ending):
     [
         ("model.pkl", (), "its name does not say how it is sampled: give --steps (and --t-init), or --recipe"),
         ("model.pkl", ("--recipe", "DMD3"), "--recipe: expected one of SiD 625 (4 steps)"),
-        ("model.pkl", ("--recipe", "DMD2 (4 steps)", "--steps", 2), "only for SiD's timesteps, which DMD2 (4 steps)"),
+        ("model.pkl", ("--recipe", "DMD2 (4 steps)", "--steps", 2), "this recipe's timesteps have no rule for others"),
+        ("model.pkl", ("--steps", 0), "steps: expected 1 to 8, got 0"),
+        ("SiD_SDXL_4step.pkl", ("--t-init", 0), "t_init: expected 4"),
         ("model.pkl", ("--steps", 9), "steps: expected 1 to 8, got 9"),
         ("model.pkl", ("--steps", 4, "--t-init", 1000), "t_init: expected 4"),
-        ("model.pkl", ("--steps", 4, "--base", "x"), "--base: the format checkpoint"),
-        ("model.pkl", ("--steps", 4, "--format", "checkpoint"), "--base: the format checkpoint"),
+        ("model.pkl", ("--steps", 4, "--base", "x"), "--base: the format unet has no text encoders"),
+        ("model.pkl", ("--steps", 4, "--format", "checkpoint"), "--base: expected the SDXL model"),
     ],
 )
 def test_mistakes(folder, tmp_path, name, options, message, capsys):
     source = tmp_path / name
     source.symlink_to(folder / NAMES["unet"])
     assert convert(source, "-o", tmp_path / "x.safetensors", *options) == 2
-    assert message in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert message in found.err
+    assert found.out == ""
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -128,6 +132,20 @@ def test_steps_alone_take_the_authors_t_init_and_say_so(folder, tmp_path, capsys
     assert convert(source, "-o", out, "--steps", 2) == 0
     assert "t_init: 625, a guess" in capsys.readouterr().out
     assert read_recipe(out).timesteps == (625, 312)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "timesteps"),
+    [
+        ("dmd2_sdxl_4step_unet_fp16.pkl", (), (999, 749, 499, 249)),
+        ("x.pkl", ("--recipe", "LCM (4 steps)", "--steps", 3), (999, 679, 339)),
+    ],
+)
+def test_other_families_go_by_their_names_and_rules(folder, tmp_path, name, options, timesteps):
+    source, out = tmp_path / name, tmp_path / "x.safetensors"
+    source.symlink_to(folder / NAMES["unet"])
+    assert convert(source, "-o", out, *options) == 0
+    assert read_recipe(out).timesteps == timesteps
 
 
 def test_a_file_with_a_recipe_is_left_alone(folder, tmp_path, capsys):

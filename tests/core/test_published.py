@@ -21,6 +21,7 @@ from sid_train.core.recipe import PRESETS
         ("batch512_cfg1.51.51.5_t625_8806_v2", (625,), "lsg", (1.5,) * 3, "8806"),
         ("batch512_cfg4.54.54.5_t625_8380_v2", (625,), "lsg", (4.5,) * 3, "8380"),
         ("batch512_cfg222_t625_12345", (625,), "lsg", (2,) * 3, "12345"),
+        ("SiDA_SDXL_002_100_t625_4step_123", (625, 468, 312, 156), "none", (1,) * 3, "123"),
         ("batch512_sd21_cfg1.51.51.5_t625_9999_v2", (625,), "lsg", (1.5,) * 3, "9999"),
     ],
 )
@@ -35,7 +36,17 @@ def test_what_the_name_says(name, timesteps, strategy, scales, images):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "model", "sdxl_lightning_4step_unet", "SiD", "SiD_SDXL_99step", "dmd2_sdxl_4step_unet_fp16", *PRESETS]
+    "name",
+    [
+        "",
+        "model",
+        "sdxl_lightning_4step_unet",
+        "SiD",
+        "SiD_SDXL_99step",
+        "SiD_SDXL_t000_4step",
+        "dmd2_sdxl_4step_unet_fp16",
+        *PRESETS,
+    ],
 )
 def test_other_names_say_nothing(name):
     assert recipe_of_name(name) is None
@@ -56,7 +67,9 @@ def test_a_name_without_guidance_says_none():
         ("dmd2_sdxl_1step_unet_fp16", "DMD2 (1 step)"),
         ("sdxl_lightning_2step_unet", "Lightning (2 steps)"),
         ("sdxl_lightning_4step_lora", "Lightning (4 steps)"),
-        ("realvisXL-lightning_8step", "Lightning (8 steps)"),
+        ("RealVisXL_V5-xl_lightning_8step", "Lightning (8 steps)"),
+        ("sdxl-turbo-1step", "Turbo (1 step)"),
+        ("sdxl_lcm_8step", "LCM (8 steps)"),
         ("Hyper-SDXL-8steps-lora", "Hyper-SD (8 steps)"),
         ("Hyper-SDXL-2steps-lora", "Hyper-SD (2 steps)"),
         ("Hyper-SDXL-1step-Unet-Comfyui.fp16", "Hyper-SD (1 step)"),
@@ -80,6 +93,12 @@ def test_presets_of_published_names(name, preset):
     "name",
     [
         "sdxl_lightning_1step_x0",  # predicts x0
+        "sdxl_lightning_4step_x0",
+        "sdxl_turbo_8steps",
+        "notflash_sdxl",
+        "my_sdxl_lcm",
+        "sdxl_tcdfoo",
+        "flash-xl-portrait",
         "Hyper-SDXL-8steps-CFG-lora",  # for CFG 5 to 8
         "Hyper-SDXL-12steps-CFG-lora",
         "Hyper-SDXL-1step-lora",

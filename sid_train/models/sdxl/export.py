@@ -249,16 +249,8 @@ def open_network(path: Path) -> SDXLParts:
     return open_sdxl(str(path))
 
 
-def convert_unet(
-    parts: SDXLParts, path: Path, recipe: SiDRecipe, dtype: str, format_: str = "unet", base: str | None = None
-) -> None:
+def convert_unet(parts: SDXLParts, path: Path, recipe: SiDRecipe, dtype: str, base: str | None = None) -> None:
     """Writes a UNet with ``recipe``, which says what it predicts: alone, or as a checkpoint with what ``base`` has."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    if (format_ == "checkpoint") != (base is not None):
-        raise ValueError(
-            "--base: the format checkpoint takes text encoders and VAE from it, and no other format needs it"
-        )
     if base is not None:
         parts = replace(parts, **vars(rest_of(base)))
     refuse_to_overwrite(path, [parts.weights, *parts.read_from])
