@@ -86,8 +86,8 @@ def hostile(touch: str) -> dict[str, bytes]:
     fat = b"ctorch.nn\nLinear\n)\x81}\x8c\x08_buffers" + nones + b"sb\x94"
     fat = b"ctorch.nn\nLinear\n)\x81}\x8c\x08_modules}(" + b"\x8c\x01a" + fat
     fat += b"".join(b"X\x06\x00\x00\x00%06dh\x00" % i for i in range(3_000)) + b"usb"
-    deep = b"\x80\x04" + b")" + b"\x85" * 3_000_000 + b"."
-    key = b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
+    deep = b"\x80\x04" + b")" + b"\x85" * 500_000 + b"."
+    key = b"\x80\x04}" + b")" + b"\x85" * 300_000 + b"K\x01s."
     magic, protocol = good[: good.index(b".") + 1], b"\x80\x02M\xe9\x03."
     return {
         "os.system": pickle.dumps({"ema": Reduces(os.system, command)}),
@@ -165,11 +165,11 @@ def hostile(touch: str) -> dict[str, bytes]:
         "huge length": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"a",
         "huge text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 50) + b"a",
         "huge frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"}.",
-        "millions of instructions": b"\x80\x04" + b"}0" * 3_000_000 + b"}.",
-        "millions of objects": b"\x80\x04" + b"}" * 6_000_000 + b".",
+        "millions of instructions": b"\x80\x04" + b"}0" * 1_100_000 + b"}.",
+        "millions of objects": b"\x80\x04" + b"}" * 2_100_000 + b".",
         "deep tuple": deep,
         "deep tuple as a key": key,
-        "deep dictionaries": b"\x80\x04" + b"}\x8c\x01a" * 1_000_000 + b"}" + b"s" * 1_000_000 + b".",
+        "deep dictionaries": b"\x80\x04" + b"}\x8c\x01a" * 200_000 + b"}" + b"s" * 200_000 + b".",
         "a module in itself": _ema(b"ctorch.nn\nLinear\n)\x81\x94}\x8c\x08_modules}\x8c\x01ah\x00ssb"),
         "modules that double": _ema(
             b"ctorch.nn\nLinear\n)\x81}\x8c\x08_modules}sb"

@@ -21,8 +21,9 @@ from .timesteps import check_timesteps
 
 NoiseMode = Literal["fresh", "fixed", "ddim", "ancestral", "tcd"]
 NOISE_MODES: tuple[str, ...] = get_args(NoiseMode)
-SID_NOISE_MODES = ("fresh", "fixed", "ddim")
+SiDNoiseMode = Literal["fresh", "fixed", "ddim"]
 """Those that SiD trains with."""
+SID_NOISE_MODES: tuple[str, ...] = get_args(SiDNoiseMode)
 DEFAULT_GAMMA = 0.3
 """Of ``tcd``: what its publishers recommend."""
 

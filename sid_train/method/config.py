@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.sampling import SID_NOISE_MODES, NoiseMode
+from ..core.sampling import SID_NOISE_MODES, SiDNoiseMode
 from ..core.timesteps import timestep_ladder
 from .guidance import GuidanceStrategy
 from .losses import SID_WEIGHTINGS, SiDWeighting
@@ -21,7 +21,7 @@ class MethodConfig:
     """Network calls of the generator, 1 to 8."""
     t_init: int = 625
     """Timestep of the first step; 625 in the paper, 999 in DMD2 and SiD-DiT."""
-    noise_mode: NoiseMode = "fresh"
+    noise_mode: SiDNoiseMode = "fresh"
     """Noise of the steps after the first: fresh, fixed or ddim."""
     matching: Literal["uniform", "final"] = "uniform"
     """uniform: the loss sits on a random step's output (the paper); final: on the last, through the whole chain."""

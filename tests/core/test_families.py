@@ -102,13 +102,14 @@ def ours(recipe: SiDRecipe, timesteps: list[int], denoiser, cond, draws: SeededD
 
 
 def numbers_of_steps() -> Iterator[tuple[str, int | None]]:
-    """Each preset at its own number of steps, and one of each family at every number that its rule has."""
+    """Each preset at its own number of steps, and one of each kind of chain at every number that its rule has."""
     seen = set()
     for name in OTHERS:
         yield name, None
-        recipe, family = PRESETS[name], name.partition(" (")[0]
-        if recipe.ladder in LADDERS and family not in seen:
-            seen.add(family)
+        recipe = PRESETS[name]
+        kind = (recipe.ladder, recipe.noise_mode, recipe.unit_variance_start)
+        if recipe.ladder in LADDERS and kind not in seen:
+            seen.add(kind)
             yield from ((name, steps) for steps in range(1, 11 if recipe.ladder == "turbo" else 17))
 
 
