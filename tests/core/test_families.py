@@ -113,6 +113,7 @@ def numbers_of_steps() -> Iterator[tuple[str, int | None]]:
             yield from ((name, steps) for steps in range(1, 11 if recipe.ladder == "turbo" else 17))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' schedulers with numpy 2
 @pytest.mark.parametrize(("name", "steps"), list(numbers_of_steps()))
 @torch.no_grad()
 def test_preset_is_its_publishers_scheduler(name, steps, make_denoiser, cond):
