@@ -60,29 +60,27 @@ def _recipe_output() -> io.Custom.Output:
     )
 
 
-def choose(path: str, choice: str) -> tuple[str, list[str]]:
-    """What ``auto`` means for a file, ``from the file`` or a preset, and what the user should be told of it."""
-    if choice != AUTO or has_recipe(read_header(path, path)):
-        return FROM_FILE if choice == AUTO else choice, []
-    if (known := preset_of_name(Path(path).stem)) is None:
-        return FROM_FILE, []
-    preset, part = known
-    return preset, [
-        f"The file does not say how it is to be sampled. It is sampled as '{preset}', for its name has '{part}': if it "
-        "is something else, set 'recipe'."
-    ]
+def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
+    """How a file is sampled: its own recipe or a preset; which of them it is, in the words of the input; and what the
+    user should be told.
 
-
-def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
-    """The recipe of a file, or the preset that was chosen for it, and what the user should be told.
-
-    ValueError for a file that is no safetensors file, and for one without a recipe while ``choice`` is the file's.
+    ValueError for a file that is no safetensors file, and for one without a recipe where that is to be in it.
     """
     metadata = read_header(path, path)
-    if choice != FROM_FILE:
-        return PRESETS[choice], _replaced(choice, metadata, path)
+    known = None if has_recipe(metadata) else preset_of_name(Path(path).stem)
+    if choice == AUTO and known:
+        preset, part = known
+        return (
+            PRESETS[preset],
+            preset,
+            [
+                f"The file does not say how it is to be sampled. It is sampled as '{preset}', for its name has "
+                f"'{part}': if it is something else, set 'recipe'."
+            ],
+        )
+    if choice not in (AUTO, FROM_FILE):
+        return PRESETS[choice], choice, _replaced(choice, metadata, path)
     if not has_recipe(metadata):
-        known = preset_of_name(Path(path).stem)  # only where 'from the file' was asked for
         or_auto = f"'{AUTO}' ({known[0]}, by its name), or to " if known else ""
         raise ValueError(
             f"{path}: the file does not say how it is to be sampled{'' if known else ', nor does its name'}. Set "
@@ -94,7 +92,7 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, list[str]]:
             f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {shown(recipe.architecture, 100)}. "
             "These nodes sample SDXL; run other models with 'python -m sid_train sample'."
         )
-    return recipe, []
+    return recipe, FROM_FILE, []
 
 
 def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
@@ -157,8 +155,7 @@ class SiDCheckpointLoader(io.ComfyNode):
     @checked
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
         path = full_path("checkpoints", ckpt_name)
-        recipe, told = choose(path, recipe)
-        how, messages = read_recipe(path, recipe)
+        how, chosen, messages = read_recipe(path, recipe)
         with loading(path, "an SDXL checkpoint"):
             model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
                 path,
@@ -166,14 +163,14 @@ class SiDCheckpointLoader(io.ComfyNode):
                 output_clip=True,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
             )
-        how, more = fit_recipe(model, how, recipe, path)
+        how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
         if clip is None:
             messages.append(
                 "The file has no text encoders: take CLIP from another SDXL checkpoint, or put the file into "
                 "models/diffusion_models and use SiD Diffusion Model Loader."
             )
-        warn(cls, told + messages)
+        warn(cls, messages)
         return io.NodeOutput(remember_start(model), clip, vae, how)
 
 
@@ -208,13 +205,12 @@ class SiDDiffusionModelLoader(io.ComfyNode):
     def execute(cls, unet_name: str, recipe: str, weight_dtype: str) -> io.NodeOutput:
         path = full_path("diffusion_models", unet_name)
         options = dict(WEIGHT_DTYPES[weight_dtype])
-        recipe, told = choose(path, recipe)
-        how, messages = read_recipe(path, recipe)
+        how, chosen, messages = read_recipe(path, recipe)
         with loading(path, "an SDXL UNet"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
-        how, more = fit_recipe(model, how, recipe, path)
+        how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
-        warn(cls, told + messages)
+        warn(cls, messages)
         return io.NodeOutput(remember_start(model), how)
 
 
@@ -358,9 +354,8 @@ class SiDLoRALoader(io.ComfyNode):
     @checked
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
         path = full_path("loras", lora_name)
-        recipe, told = choose(path, recipe)
-        how, messages = read_recipe(path, recipe)
-        how, more = fit_recipe(model, how, recipe, path, is_lora=True)
-        patched, of_lora = apply_lora(model, path, strength, allow_partial)
-        warn(cls, told + messages + more + of_lora)
+        how, chosen, messages = read_recipe(path, recipe)
+        how, more = fit_recipe(model, how, chosen, path, is_lora=True)
+        patched, told = apply_lora(model, path, strength, allow_partial)
+        warn(cls, messages + more + told)
         return io.NodeOutput(remember_start(patched), how)

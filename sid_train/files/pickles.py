@@ -25,7 +25,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from .reading import reading, require_file, shown
+from .reading import PICKLE_STARTS, reading, require_file, shown
 from .tensors import LazyTensor
 
 MAX_INSTRUCTIONS = 2_000_000
@@ -530,7 +530,7 @@ def is_pickle(path: Path) -> bool:
         start = file.read(9)
     if start[8:] == b"{":  # a safetensors file, which begins with any number
         return False
-    return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    return start.startswith(PICKLE_STARTS)
 
 
 def open_pickled(path: Path) -> dict[str, LazyTensor]:

@@ -14,6 +14,8 @@ TEXT_LIMIT = 1 << 30
 """Bytes of a text file: ten million prompts."""
 SMALL_LIMIT = 16 << 20
 """Bytes of a configuration, an index or a caption."""
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""Of what ``torch.save`` and ``pickle`` write."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -67,7 +69,7 @@ def other_kind(first: bytes) -> str:
         return "it is a Git LFS pointer, and the file itself was not downloaded (git lfs pull)"
     if first.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page: the download went wrong; download it again"
-    if first.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    if first.startswith(PICKLE_STARTS):
         return "it is a pickle or an archive (.pkl, .ckpt, .pt, .zip): python -m sid_train convert reads a UNet in it"
     return ""
 
