@@ -65,13 +65,15 @@ class SiDRecipeOverride(io.ComfyNode):
                 io.String.Input(
                     "timesteps",
                     default="",
-                    tooltip="1 to 8 falling integers between 999 and 0, such as '625 468 312 156'. Empty: as they are.",
+                    tooltip="1 to 16 falling integers between 999 and 0, such as '625 468 312 156'. Empty: as they "
+                    "are.",
                 ),
                 io.Combo.Input(
                     "noise_mode",
                     options=[KEEP, *NOISE_MODES],
                     default=KEEP,
-                    tooltip="fresh: new noise a step; fixed: the first noise again; ddim: what the last step implies.",
+                    tooltip="fresh: new noise a step; fixed: the first noise again; ddim: what the last step implies; "
+                    "ancestral and tcd: a blend of implied and new noise (Turbo, TCD).",
                 ),
                 io.Combo.Input(
                     "guidance",

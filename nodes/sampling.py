@@ -222,7 +222,7 @@ class SiDFewStepSampler(io.ComfyNode):
         return schema(
             node_id="SiDFewStepSampler",
             display_name="SiD Few-Step Sampler",
-            description="Samples a few-step SDXL generator in 1 to 8 steps on exactly the timesteps that it was "
+            description="Samples a few-step SDXL generator in 1 to 16 steps on exactly the timesteps that it was "
             "trained for. With a recipe connected nothing else has to be set.",
             search_aliases=["sid ksampler", "few-step sampler", "4 steps", "distilled sampler", "dmd2 sampler"],
             hidden=[io.Hidden.unique_id],
