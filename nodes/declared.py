@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..sid_train.files.reading import shown
-from ..sid_train.models.sdxl.statements import UNSUPPORTED, kinds
+from ..sid_train.models.stable_diffusion.statements import UNSUPPORTED, kinds
 
 
 def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lora: bool) -> list[str]:

@@ -16,8 +16,8 @@ from ..sid_train.core.timesteps import MAX_SID_STEPS
 from ..sid_train.files.atomic import write_text
 from ..sid_train.files.reading import read_text, reading, shown
 from ..sid_train.files.tensors import open_tensors
-from ..sid_train.models.sdxl.keys import CLIP_G, CLIP_L, UNET, unet_config
-from ..sid_train.models.sdxl.statements import of_settings, of_tensors
+from ..sid_train.models.stable_diffusion.keys import CLIP_G, CLIP_L, UNET, unet_config
+from ..sid_train.models.stable_diffusion.statements import of_settings, of_tensors
 from .checks import checked
 from .common import StrategyType, full_path, printable, read_header, refuse_other_hosts, schema, show
 

@@ -10,7 +10,7 @@ import comfy.utils
 from torch import Tensor
 
 from ..sid_train.files.reading import shown
-from ..sid_train.models.sdxl.keys import BESIDE_WEIGHTS, EDM_MARKERS, MARKERS, SCALED_FP8
+from ..sid_train.models.stable_diffusion.keys import BESIDE_WEIGHTS, EDM_MARKERS, MARKERS, SCALED_FP8
 
 # Where ComfyUI looks for a UNet's tensors.
 PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "")

@@ -31,8 +31,8 @@ GIB = 2**30
 def write_model(path: Path, width: int = 320) -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
     from sid_train.files.tensors import LazyTensor, write_tensors
-    from sid_train.models.sdxl.base import sdxl_text_encoders, sdxl_unet, sdxl_vae
-    from sid_train.models.sdxl.keys import (
+    from sid_train.models.stable_diffusion.base import sdxl_text_encoders, sdxl_unet, sdxl_vae
+    from sid_train.models.stable_diffusion.keys import (
         CLIP_G,
         CLIP_L,
         UNET,

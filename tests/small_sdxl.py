@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sid_train.models.sdxl.keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
-from sid_train.models.sdxl.text import sdxl_tokenizers
+from sid_train.models.stable_diffusion.keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
+from sid_train.models.stable_diffusion.text import sdxl_tokenizers
 
 UNET_CONFIG = {
     "sample_size": 8,

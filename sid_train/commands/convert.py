@@ -10,7 +10,7 @@ from ..core.recipe import PRESETS, SiDRecipe
 from ..core.timesteps import DEFAULT_T_INIT, LADDERS, timestep_ladder
 from ..files.reading import shown
 from ..models.family import refuse_to_overwrite
-from ..models.sdxl.export import convert_unet, open_network
+from ..models.stable_diffusion.export import convert_unet, open_network
 
 
 def convert(

@@ -12,7 +12,7 @@ from ..files.header import read_safetensors_metadata
 from .bundle import ModelBundle, ModelShapes
 from .digits.family import DigitsFamily
 from .family import AUTO, ExportOptions, Generator, ModelFamily, OpenedModel, refuse_to_overwrite
-from .sdxl.family import SDXLFamily
+from .stable_diffusion.family import SDXLFamily
 
 FAMILIES: list[ModelFamily] = [DigitsFamily(), SDXLFamily()]
 """Asked in this order; the last opens whatever no other does, and says what it expected."""

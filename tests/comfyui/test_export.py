@@ -16,13 +16,13 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def parts(pack, unet_file):
-    return module(pack, "sid_train.models.sdxl.parts").open_sdxl(str(unet_file))
+    return module(pack, "sid_train.models.stable_diffusion.parts").open_sdxl(str(unet_file))
 
 
 @pytest.fixture(scope="module")
 def generator(pack, parts):
     """A generator that is a LoRA on every kind of module over the small UNet."""
-    lora, family = module(pack, "sid_train.models.sdxl.lora"), module(pack, "sid_train.models.family")
+    lora, family = module(pack, "sid_train.models.stable_diffusion.lora"), module(pack, "sid_train.models.family")
     rng = torch.Generator().manual_seed(0)
     adapter = {}
     for name in lora.kohya_modules(parts.tensors, parts.unet_config):
@@ -40,7 +40,7 @@ def put(tmp_path, monkeypatch, pack, generator, folders):
 
     def write(kind: str, format_: str, dtype: str = "fp32", generator=generator) -> str:
         folder, options = tmp_path / kind, module(pack, "sid_train.models.family").ExportOptions(format_, dtype)
-        module(pack, "sid_train.models.sdxl.export").export(generator, folder / "sid.safetensors", options)
+        module(pack, "sid_train.models.stable_diffusion.export").export(generator, folder / "sid.safetensors", options)
         monkeypatch.setitem(folders.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
         return "sid.safetensors"
 
@@ -50,7 +50,7 @@ def put(tmp_path, monkeypatch, pack, generator, folders):
 @pytest.fixture(scope="module")
 def unet(pack, generator):
     """The merged UNet in diffusers, fp32."""
-    build = module(pack, "sid_train.models.sdxl.parts").build_unet
+    build = module(pack, "sid_train.models.stable_diffusion.parts").build_unet
     return build(generator.model.unet_config, generator.merged(), torch.float32).eval()
 
 
@@ -152,7 +152,7 @@ def test_v_prediction_survives(nodes, put, generator):
 
 def test_converted_dmd2_unet_loads(pack, nodes, parts, tmp_path, monkeypatch, folders):
     """diffusers' names, as DMD2 publishes: ComfyUI knows them for full-size SDXL only."""
-    export, recipes = module(pack, "sid_train.models.sdxl.export"), module(pack, "sid_train.core.recipe")
+    export, recipes = module(pack, "sid_train.models.stable_diffusion.export"), module(pack, "sid_train.core.recipe")
     source, path = tmp_path / "dmd2_sdxl_4step_unet_fp16.safetensors", tmp_path / "converted.safetensors"
     save_file({name: tensor.load().half() for name, tensor in parts.tensors.items()}, source)
     export.convert_unet(export.open_network(source), path, recipes.PRESETS["DMD2 (4 steps)"], "fp16")

@@ -28,7 +28,7 @@ LDM_SPELLINGS = {
 @pytest.fixture(scope="module")
 def factors(pack, tensors):
     """``{(ldm's name, diffusers'): (down, up)}`` for matrices, convolutions and embeddings."""
-    keys = module(pack, "sid_train.models.sdxl.keys")
+    keys = module(pack, "sid_train.models.stable_diffusion.keys")
     config = keys.unet_config({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     ldm = [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.ndim > 1]
     diffusers = keys.rename(ldm, keys.invert(keys.unet_modules(config)))

@@ -24,7 +24,7 @@ def model_readers(work: Path) -> list[Reader]:
     from sid_train.files.pickles import open_pickled
     from sid_train.files.tensors import LazyTensor, open_tensors
     from sid_train.models.families import model_shapes, open_generator, open_model
-    from sid_train.models.sdxl.lora import kohya_modules
+    from sid_train.models.stable_diffusion.lora import kohya_modules
 
     sys.path.append(str(Path(__file__).parents[1]))
     from small_sdxl import save_single_file, small_pipeline

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_sdxl import small_pipeline
 
-from sid_train.models.sdxl.text import SDXLConditioner, TextEncoders, sdxl_tokenizers
+from sid_train.models.stable_diffusion.text import SDXLConditioner, TextEncoders, sdxl_tokenizers
 
 SHORT = ["a lighthouse at dawn, 35mm", "", "word " * 75, "Ünïcode, a cat's 3 hats!"]
 

@@ -20,8 +20,8 @@ from sid_train.data.config import DataConfig
 from sid_train.data.rows import load_prompt_table
 from sid_train.files.tensors import LazyTensor
 from sid_train.models.families import load_model, open_model
-from sid_train.models.sdxl.networks import build_clip_g, build_clip_l, read_unet, read_vae
-from sid_train.models.sdxl.parts import HUB_FILES
+from sid_train.models.stable_diffusion.networks import build_clip_g, build_clip_l, read_unet, read_vae
+from sid_train.models.stable_diffusion.parts import HUB_FILES
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
 SIZE = 64

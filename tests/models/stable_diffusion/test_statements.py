@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sid_train.models.sdxl.statements import Stated, combine, of_scheduler, of_settings, of_tensors
+from sid_train.models.stable_diffusion.statements import Stated, combine, of_scheduler, of_settings, of_tensors
 
 SDXL = {
     "_class_name": "EulerDiscreteScheduler",
