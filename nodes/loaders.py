@@ -12,10 +12,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..sid_train.core.architectures import SDXL
 from ..sid_train.core.published import preset_of_name
 from ..sid_train.core.recipe import (
     PRESETS,
-    SDXL_ARCHITECTURE,
     RecipeError,
     SiDRecipe,
     has_recipe,
@@ -87,9 +87,9 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
             f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
-    if split_architecture(recipe.architecture)[0] != SDXL_ARCHITECTURE:
+    if split_architecture(recipe.architecture)[0] != SDXL.name:
         raise ValueError(
-            f"{path}: expected a recipe for {SDXL_ARCHITECTURE}, got {shown(recipe.architecture, 100)}. "
+            f"{path}: expected a recipe for {SDXL.name}, got {shown(recipe.architecture, 100)}. "
             "These nodes sample SDXL; run other models with 'python -m sid_train sample'."
         )
     return recipe, FROM_FILE, []

@@ -9,7 +9,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sid_train.models.stable_diffusion.keys import clip_g_to_open_clip, is_vae_attention, rename, unet_modules, vae_modules
+from sid_train.models.stable_diffusion.keys import (
+    clip_g_to_open_clip,
+    is_vae_attention,
+    rename,
+    unet_modules,
+    vae_modules,
+)
 from sid_train.models.stable_diffusion.text import sdxl_tokenizers
 
 UNET_CONFIG = {

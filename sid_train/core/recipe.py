@@ -17,22 +17,21 @@ import torch
 
 from ..files.header import read_safetensors_metadata
 from ..files.reading import shown
+from .architectures import SDXL, STABLE_DIFFUSION
 from .noise_schedule import PREDICTION_TYPES, VPSchedule
 from .sampling import DEFAULT_GAMMA, NOISE_MODES, SID_NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, LADDERS, MAX_SID_STEPS, check_timesteps, ladder_timesteps, timestep_ladder
 
-FORMAT_VERSION = 2
-"""The newest that is read. A recipe is written as 1 where it says nothing that version 1 did not know."""
+FORMAT_VERSION = 3
+"""The newest that is read. A recipe is written as the oldest that can say it (see ``SiDRecipe.format_version``)."""
 Unconditional = Literal["empty", "zeros"]
 UNCONDITIONALS: tuple[str, ...] = get_args(Unconditional)
 SamplingGuidance = Literal["none", "cfg", "cfg first step only", "nag"]
 SAMPLING_GUIDANCES: tuple[str, ...] = get_args(SamplingGuidance)
 
-# What generic tools (model managers, web UIs) call an SDXL base model.
-SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 SAI_MODEL_SPEC = "1.0.0"
 LORA_SUFFIX = "/lora"
-OTHER_IMPLEMENTATION = "sid_train"  # modelspec.implementation of what is not SDXL
+OTHER_IMPLEMENTATION = "sid_train"  # modelspec.implementation of what is no Stable Diffusion
 FLOW = "flow"
 SHOWN = 600  # characters of a problem
 MAX_FACTS = 100  # of training, that are described
@@ -41,7 +40,7 @@ PREDICT_KEYS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def split_architecture(text: str) -> tuple[str, bool]:
-    """The architecture that ``modelspec.architecture`` names, and whether the file is a LoRA for it."""
+    """The architecture that a recipe, or ``modelspec.architecture``, names, and whether the file is a LoRA for it."""
     return text.removesuffix(LORA_SUFFIX), text.endswith(LORA_SUFFIX)
 
 
@@ -63,6 +62,7 @@ class TrainingGuidance:
 class SiDRecipe:
     """How a few-step generator was made and how to sample it.
 
+    architecture: the name of one of ``architectures``, or of a family of models that is no Stable Diffusion
     timesteps: the integers it was trained on, descending; ``t_init`` is their first, and if the rest is not the ladder
         of ``t_init`` that is an error unless ``ladder`` is ``explicit``
     ladder: the rule for another number of steps: ``sid`` (t_init * (K - k) // K), one of ``timesteps.LADDERS``, or
@@ -77,8 +77,8 @@ class SiDRecipe:
     training_summary: free facts as strings (images seen, learning rates, date ...)
     """
 
-    base_model: str = "SDXL 1.0"
-    architecture: str = SDXL_ARCHITECTURE
+    base_model: str = SDXL.base_model
+    architecture: str = SDXL.name
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     timesteps: tuple[int, ...] = tuple(timestep_ladder(4))
@@ -153,7 +153,9 @@ class SiDRecipe:
 
     @property
     def format_version(self) -> int:
-        """The oldest that can say this recipe."""
+        """The oldest that can say this recipe: 2 knows other families' chains, 3 SD 1.x and 2.x."""
+        if "sid.architecture" in self._architecture_keys():
+            return 3
         known = self.ladder in ("sid", "explicit") and self.noise_mode in SID_NOISE_MODES
         return 1 if known and self.steps <= MAX_SID_STEPS else 2
 
@@ -185,8 +187,7 @@ class SiDRecipe:
             "sid.sampling.guidance": self.sampling_guidance,
             "sid.sampling.cfg": repr(float(self.sampling_cfg)),
             "modelspec.sai_model_spec": SAI_MODEL_SPEC,
-            "modelspec.architecture": self.architecture,
-            "modelspec.implementation": "sgm" if self.architecture == SDXL_ARCHITECTURE else OTHER_IMPLEMENTATION,
+            **self._architecture_keys(),
             "modelspec.title": self.title or self.default_title,
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.license": self.licence,
@@ -196,6 +197,18 @@ class SiDRecipe:
         if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
             metadata["modelspec.predict_key"] = key
         return metadata
+
+    def _architecture_keys(self) -> dict[str, str]:
+        name, is_lora = split_architecture(self.architecture)
+        known = STABLE_DIFFUSION.get(name)
+        if known is None:
+            return {"modelspec.architecture": self.architecture, "modelspec.implementation": OTHER_IMPLEMENTATION}
+        word = known.spec_v if self.prediction_type == "v_prediction" else known.spec
+        keys = {
+            "modelspec.architecture": word + LORA_SUFFIX * is_lora,
+            "modelspec.implementation": known.implementation,
+        }
+        return keys if known is SDXL else {"sid.architecture": name, **keys}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, source: str | Path) -> SiDRecipe:
@@ -346,13 +359,16 @@ PRESETS: dict[str, SiDRecipe] = {
 
 
 def _architecture(reader: _Reader) -> str:
-    """What ``modelspec.architecture`` says of a family that is not SDXL. Of SDXL, for which every tool has another
-    word, only whether the file is a LoRA.
+    """What ``sid.architecture`` says, else SDXL. ``modelspec.architecture``, in which every tool has its own words, is
+    read for whether the file is a LoRA, and for families that are ours alone.
     """
     text = reader.text("modelspec.architecture", "")
-    if text and reader.text("modelspec.implementation", "") == OTHER_IMPLEMENTATION:
+    name = reader.text("sid.architecture", "")
+    if not name and text and reader.text("modelspec.implementation", "") == OTHER_IMPLEMENTATION:
         return text
-    return SDXL_ARCHITECTURE + LORA_SUFFIX * split_architecture(text)[1]
+    if name and name not in STABLE_DIFFUSION:
+        raise reader.error("sid.architecture", f"expected one of {', '.join(STABLE_DIFFUSION)}, got {name!r}")
+    return (name or SDXL.name) + LORA_SUFFIX * split_architecture(text)[1]
 
 
 def _from_bool(value: bool) -> str:

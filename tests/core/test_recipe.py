@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sid_train.core.architectures import SD1, SD2, SDXL
 from sid_train.core.recipe import (
     FORMAT_VERSION,
     PRESETS,
-    SDXL_ARCHITECTURE,
     RecipeError,
     SiDRecipe,
     TrainingGuidance,
@@ -104,8 +104,8 @@ def test_sid_keys_are_enough(architecture, write):
     if architecture is not None:
         metadata |= {"modelspec.architecture": architecture, "modelspec.title": "mine"}
     recipe = read_recipe(write(metadata))
-    assert recipe.architecture == SDXL_ARCHITECTURE + ("/lora" if architecture == "sdxl/lora" else "")
-    assert replace(recipe, architecture=SDXL_ARCHITECTURE, title="") == SiDRecipe()
+    assert recipe.architecture == SDXL.name + ("/lora" if architecture == "sdxl/lora" else "")
+    assert replace(recipe, architecture=SDXL.name, title="") == SiDRecipe()
 
 
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[2J\u202e\n" + "A" * 2_000_000
@@ -285,3 +285,24 @@ def test_description_and_plain_values_hold_every_fact():
     assert values["timesteps"] == [999, 499]
     assert values["guidance"]["fake_eval"] == -0.5
     assert values["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "predicts", "word"),
+    [
+        (SD1, "epsilon", "stable-diffusion-v1"),
+        (SD2, "epsilon", "stable-diffusion-v2-512"),
+        (SD2, "v_prediction", "stable-diffusion-v2-768-v"),
+    ],
+)
+def test_a_recipe_of_another_generation_says_so_in_its_own_words(tmp_path, architecture, predicts, word):
+    """And is not taken for SDXL's by a reader that knows no other, or where a manager dropped ``modelspec.*``."""
+    recipe = SiDRecipe(base_model=architecture.base_model, architecture=architecture.name, prediction_type=predicts)
+    metadata = recipe.to_metadata()
+    assert metadata["modelspec.architecture"] == word
+    assert metadata["sid.format_version"] == "3"
+    assert SiDRecipe.from_metadata(metadata, "file") == recipe
+    alone = {key: text for key, text in metadata.items() if key.startswith("sid.")}
+    assert SiDRecipe.from_metadata(alone, "file") == recipe
+    with pytest.raises(RecipeError, match=r"sid\.architecture: expected one of .*, got 'sd9'"):
+        SiDRecipe.from_metadata(metadata | {"sid.architecture": "sd9"}, "file")

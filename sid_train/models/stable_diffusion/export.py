@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...core.recipe import LORA_SUFFIX, SDXL_ARCHITECTURE, SiDRecipe, has_recipe
+from ...core.architectures import SDXL
+from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
 from ...files.header import read_safetensors_metadata
@@ -38,7 +39,7 @@ def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) 
     if is_kohya(open_tensors(path)):
         if base is None:
             raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
-        parts, recipe = _base_of(base, recipe, path), replace(recipe, architecture=SDXL_ARCHITECTURE)
+        parts, recipe = _base_of(base, recipe, path), replace(recipe, architecture=SDXL.name)
         return Generator(parts, recipe, parts.tensors, parts.read_lora(path), source=path)
     parts = open_sdxl(str(path))
     if base is not None:

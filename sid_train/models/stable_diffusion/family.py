@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ...core.architectures import SDXL
 from ...core.noise_schedule import VPSchedule
-from ...core.recipe import SDXL_ARCHITECTURE, SiDRecipe
+from ...core.recipe import SiDRecipe
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelShapes, count_parameters
 from ..family import AUTO, ExportOptions, Generator, ModelFamily
@@ -26,7 +27,7 @@ from .text import WINDOW
 class SDXLFamily(ModelFamily):
     """Single files with ldm names, diffusers folders and hub ids."""
 
-    architecture = SDXL_ARCHITECTURE
+    architecture = SDXL.name
     export_formats = FORMATS
 
     def opens(self, source: str, metadata: Mapping[str, str]) -> bool:

@@ -12,8 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ...core.architectures import SDXL
 from ...core.noise_schedule import PredictionType, VPSchedule
-from ...core.recipe import SDXL_ARCHITECTURE, has_recipe
+from ...core.recipe import has_recipe
 from ...files.header import read_safetensors_metadata
 from ...files.pickles import open_pickled
 from ...files.reading import reading, shown
@@ -117,7 +118,7 @@ class SDXLParts(OpenedModel):
     load_text, load_tokenizers, load_vae, load_rest: see ``Rest``
     """
 
-    architecture = SDXL_ARCHITECTURE
+    architecture = SDXL.name
 
     unet_config: dict[str, Any]
     prediction_type: PredictionType
@@ -138,7 +139,7 @@ class SDXLParts(OpenedModel):
         size = (resolution, resolution)
         return ModelBundle(
             name=self.name,
-            architecture=SDXL_ARCHITECTURE,
+            architecture=SDXL.name,
             denoiser=UNetDenoiser(unet, VPSchedule.sdxl(self.zero_terminal_snr, self.prediction_type)),
             conditioner=SDXLConditioner(self.load_text, self.load_tokenizers, size),
             codec=SDXLCodec(self.load_vae),
