@@ -91,7 +91,7 @@ def clip_folder(tmp_path_factory) -> str:
     """A small random CLIP model in transformers' format."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from sid_train.models.stable_diffusion.text import sdxl_tokenizers
+    from sid_train.models.stable_diffusion.text import clip_tokenizers
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -99,5 +99,5 @@ def clip_folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("clip") / "small-clip"
     CLIPModel(config).save_pretrained(path)
     size = {"size": {"shortest_edge": 32}, "crop_size": 32}
-    CLIPProcessor(CLIPImageProcessor(**size), sdxl_tokenizers()[0]).save_pretrained(path)
+    CLIPProcessor(CLIPImageProcessor(**size), clip_tokenizers()[0]).save_pretrained(path)
     return str(path)

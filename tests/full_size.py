@@ -31,20 +31,20 @@ GIB = 2**30
 def write_model(path: Path, width: int = 320) -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
     from sid_train.files.tensors import LazyTensor, write_tensors
-    from sid_train.models.stable_diffusion.base import sdxl_text_encoders, sdxl_unet, sdxl_vae
+    from sid_train.models.stable_diffusion.base import base_text_encoders, base_vae, sdxl_unet
     from sid_train.models.stable_diffusion.keys import (
-        CLIP_G,
-        CLIP_L,
         UNET,
         VAE,
-        clip_g_to_open_clip,
         is_vae_attention,
         rename,
+        to_open_clip,
         unet_modules,
         vae_modules,
     )
+    from sid_train.models.stable_diffusion.kinds import SDXL_KIND
 
-    unet, vae, (clip_l, clip_g) = sdxl_unet(width), sdxl_vae(), sdxl_text_encoders()
+    unet, vae, (clip_l, clip_g) = sdxl_unet(width), base_vae(), base_text_encoders(SDXL_KIND)
+    in_clip_l, in_clip_g = (encoder.prefixes[0] for encoder in SDXL_KIND.encoders)
 
     def random(name: str, like: torch.Tensor) -> LazyTensor:
         def make() -> torch.Tensor:
@@ -60,8 +60,8 @@ def write_model(path: Path, width: int = 320) -> None:
     state = vae.state_dict()
     for ours, ldm in rename(state, vae_modules(state)).items():
         tensors[VAE + ldm] = state[ours][..., None, None] if is_vae_attention(ldm) else state[ours]
-    tensors |= {CLIP_L + k.removeprefix("text_model."): t for k, t in clip_l.state_dict().items()}
-    tensors |= {CLIP_G + k: t for k, t in clip_g_to_open_clip(clip_g.state_dict()).items()}
+    tensors |= {f"{in_clip_l}text_model.{k.removeprefix('text_model.')}": t for k, t in clip_l.state_dict().items()}
+    tensors |= {in_clip_g + k: t for k, t in to_open_clip(clip_g.state_dict()).items()}
     print(f"UNet: {sum(t.numel() for k, t in tensors.items() if k.startswith(UNET)) / 1e9:.3f} billion parameters")
     write_tensors(path, {k: random(k, t) for k, t in tensors.items()}, {})
 

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sid_train.models.stable_diffusion.keys import (
-    clip_g_to_open_clip,
     is_vae_attention,
     rename,
+    to_open_clip,
     unet_modules,
     vae_modules,
 )
-from sid_train.models.stable_diffusion.text import sdxl_tokenizers
+from sid_train.models.stable_diffusion.text import clip_tokenizers
 
 UNET_CONFIG = {
     "sample_size": 8,
@@ -49,7 +49,7 @@ def text_config(activation: str, eos: int) -> CLIPTextConfig:
 def small_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet: object) -> StableDiffusionXLPipeline:
     """``unet``: what is other than in ``UNET_CONFIG``."""
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = sdxl_tokenizers()
+    tokenizer, tokenizer_2 = clip_tokenizers()
     return StableDiffusionXLPipeline(
         vae=AutoencoderKL(
             block_out_channels=(32, 32, 32, 64),
@@ -80,7 +80,7 @@ def save_single_file(path: Path, pipeline: StableDiffusionXLPipeline, dtype: tor
         tensors[f"first_stage_model.{name}"] = vae[k][..., None, None] if is_vae_attention(name) else vae[k]
     for name, tensor in pipeline.text_encoder.state_dict().items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    second = clip_g_to_open_clip(pipeline.text_encoder_2.state_dict())
+    second = to_open_clip(pipeline.text_encoder_2.state_dict())
     tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
     if pipeline.scheduler.config.prediction_type == "v_prediction":
         tensors["v_pred"] = torch.zeros(0)

@@ -12,9 +12,10 @@ from ..files.header import read_safetensors_metadata
 from .bundle import ModelBundle, ModelShapes
 from .digits.family import DigitsFamily
 from .family import AUTO, ExportOptions, Generator, ModelFamily, OpenedModel, refuse_to_overwrite
-from .stable_diffusion.family import SDXLFamily
+from .stable_diffusion.family import StableDiffusionFamily
+from .stable_diffusion.kinds import KINDS
 
-FAMILIES: list[ModelFamily] = [DigitsFamily(), SDXLFamily()]
+FAMILIES: list[ModelFamily] = [DigitsFamily(), *map(StableDiffusionFamily, KINDS)]
 """Asked in this order; the last opens whatever no other does, and says what it expected."""
 
 
@@ -32,8 +33,8 @@ def shipped_by(word: str) -> ModelFamily | None:
 def open_model(source: str, resolution: int = 0, prediction_type: str = AUTO) -> OpenedModel:
     """A model of which nothing but headers is read yet. ValueError for what this version cannot read.
 
-    source: ``demo`` (the embedded teacher), a safetensors file (SDXL's, or one that ``sid_train`` exported), a
-        diffusers folder of SDXL, or its hub id
+    source: ``demo`` (the embedded teacher), a safetensors file (of SD 1.x, 2.x or SDXL, or one that ``sid_train``
+        exported), a diffusers folder, or its hub id
     resolution: what it will be loaded at, checked before a large file is downloaded
     prediction_type: see ``ModelFamily.open``
     """

@@ -28,7 +28,6 @@ AUTO = "auto"
 class OpenedModel(ABC):
     """A model of which only headers and configurations were read.
 
-    architecture: what ``modelspec.architecture`` calls it
     prefix: of the network's tensors in the state of its ``Denoiser``, and in the files of ``ModelFamily.export``
     name: for people
     tensors: of the network
@@ -38,7 +37,6 @@ class OpenedModel(ABC):
     read_from: the files and folders that any of it is in
     """
 
-    architecture: ClassVar[str]
     prefix: ClassVar[str] = "unet."
 
     name: str
@@ -47,6 +45,11 @@ class OpenedModel(ABC):
     rest: Tensors = field(default_factory=dict)
     is_generator: bool = False
     read_from: tuple[Path, ...] = ()
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """As recipes name it."""
 
     @abstractmethod
     def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
@@ -162,14 +165,17 @@ class ModelFamily(ABC):
 
     What is not abstract here is for small models, which are opened whole and kept in one file; SDXL replaces it.
 
-    architecture: what ``modelspec.architecture`` calls it
     word: a model that this family ships, as the configuration names it; empty where it ships none
     export_formats: what ``export`` writes, the format of a whole generator first
     """
 
-    architecture: ClassVar[str]
     word: ClassVar[str] = ""
     export_formats: ClassVar[tuple[str, ...]] = ("checkpoint",)
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """As recipes name it."""
 
     def opens(self, source: str, metadata: Mapping[str, str]) -> bool:
         """Whether ``source``, whose safetensors header has ``metadata``, is for this family to open."""

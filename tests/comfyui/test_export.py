@@ -16,7 +16,7 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def parts(pack, unet_file):
-    return module(pack, "sid_train.models.stable_diffusion.parts").open_sdxl(str(unet_file))
+    return module(pack, "sid_train.models.stable_diffusion.parts").open_parts(str(unet_file))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The networks of SDXL base 1.0 as diffusers and transformers build them, without weights."""
+"""The networks of the base models as diffusers and transformers build them, without weights: on the meta device."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from .keys import HEAD_WIDTH, SD1_HEADS
+from .kinds import SD1_KIND, SD2_KIND, Kind
+from .text import TextEncoders
+
 
 def sdxl_unet(width: int = 320) -> UNet2DConditionModel:
-    """On the meta device: 2.567 billion parameters, or fewer where the first level is narrower."""
+    """2.567 billion parameters, or fewer where the first level is narrower."""
     with torch.device("meta"):
         return UNet2DConditionModel(
             block_out_channels=(width, 2 * width, 4 * width),
@@ -24,8 +28,20 @@ def sdxl_unet(width: int = 320) -> UNet2DConditionModel:
         )
 
 
-def sdxl_vae() -> AutoencoderKL:
-    """On the meta device."""
+def sd_unet(kind: Kind, width: int = 320) -> UNet2DConditionModel:
+    """That of SD 1.x or 2.x: 860 or 866 million parameters, or fewer where the first level is narrower."""
+    widths = (width, 2 * width, 4 * width, 4 * width)
+    is_sd1 = kind is SD1_KIND
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            block_out_channels=widths,
+            attention_head_dim=SD1_HEADS if is_sd1 else tuple(each // HEAD_WIDTH for each in widths),
+            cross_attention_dim=kind.architecture.text_width,
+            use_linear_projection=not is_sd1,
+        )
+
+
+def base_vae() -> AutoencoderKL:
     with torch.device("meta"):
         return AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -36,13 +52,21 @@ def sdxl_vae() -> AutoencoderKL:
         )
 
 
-def sdxl_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """CLIP-L and OpenCLIP bigG, on the meta device."""
-    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+def base_unet(kind: Kind) -> UNet2DConditionModel:
+    return sd_unet(kind) if kind in (SD1_KIND, SD2_KIND) else sdxl_unet()
+
+
+def base_text_encoders(kind: Kind) -> TextEncoders:
+    """CLIP-L for SD 1.x, OpenCLIP H for 2.x, CLIP-L and OpenCLIP bigG for SDXL."""
+
+    def config(width: int, layers: int, **more: int) -> CLIPTextConfig:
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // HEAD_WIDTH}
+        return CLIPTextConfig(**sizes, num_hidden_layers=layers, **more)
+
     with torch.device("meta"):
-        return (
-            CLIPTextModel(
-                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-            ),
-            CLIPTextModelWithProjection(CLIPTextConfig(**large, projection_dim=1280)),
-        )
+        if kind is SD2_KIND:
+            return (CLIPTextModel(config(1024, 23)),)
+        clip_l = CLIPTextModel(config(768, 12))
+        if kind is SD1_KIND:
+            return (clip_l,)
+        return clip_l, CLIPTextModelWithProjection(config(1280, 32, projection_dim=1280))

@@ -1,4 +1,4 @@
-"""Distilled SDXL generators as the files that ComfyUI, diffusers and other tools load.
+"""Distilled generators as the files that ComfyUI, diffusers and other tools load.
 
 Everything is read, changed and written one tensor after another: no file is ever in memory as a whole.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ...core.architectures import SDXL
-from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe
+from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe, split_architecture
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
 from ...files.header import read_safetensors_metadata
@@ -22,8 +22,9 @@ from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
 from ..adapters import Adapter
 from ..family import ExportOptions, Generator, refuse_to_overwrite
 from .keys import UNET, VAE, rename, unet_modules
+from .kinds import SDXL_KIND, kind_named
 from .lora import ALPHA, DOWN, UP, extract_lora, is_kohya, kohya_modules, with_one_alpha
-from .parts import MARKERS, REST, SDXLParts, load_vae, open_pickled_sdxl, open_sdxl, rest_of, vae_tensors
+from .parts import MARKERS, StableDiffusionParts, load_vae, open_parts, open_pickled_parts, rest_of, vae_tensors
 
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
 
@@ -31,7 +32,7 @@ FORMATS = ("checkpoint", "unet", "lora", "diffusers")
 # -- where a generator comes from --------------------------------------------------------------------------------------
 
 
-def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) -> Generator:
+def open_exported(path: Path, recipe: SiDRecipe, base: str | None = None) -> Generator:
     """An exported file: a checkpoint, a UNet, or a LoRA, which needs its ``base``.
 
     ``base`` also has text encoders and VAE for a file without them.
@@ -39,22 +40,33 @@ def open_sdxl_generator(path: Path, recipe: SiDRecipe, base: str | None = None) 
     if is_kohya(open_tensors(path)):
         if base is None:
             raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
-        parts, recipe = _base_of(base, recipe, path), replace(recipe, architecture=SDXL.name)
+        recipe = replace(recipe, architecture=split_architecture(recipe.architecture)[0])
+        parts = _base_of(base, recipe, path)
         return Generator(parts, recipe, parts.tensors, parts.read_lora(path), source=path)
-    parts = open_sdxl(str(path))
+    parts = open_parts(str(path))
+    _require_kind(parts, recipe, f"its recipe ({path})")
     if base is not None:
-        rest = rest_of(base)
+        rest = rest_of(base, parts.kind)
         parts = replace(parts, **vars(replace(rest, read_from=(path, *rest.read_from))))
     return Generator(parts, recipe, parts.tensors, source=path)
 
 
-def _base_of(base: str, recipe: SiDRecipe, lora: Path) -> SDXLParts:
+def _require_kind(parts: StableDiffusionParts, recipe: SiDRecipe, said_by: str) -> None:
+    """ValueError for a model of another generation than the recipe is for."""
+    wanted = kind_named(recipe.architecture)
+    if parts.kind is not wanted:
+        got, expected = parts.kind.architecture.people, wanted.architecture.people
+        raise ValueError(f"{parts.weights}: it is a model of {got}, but {said_by} is for {expected}")
+
+
+def _base_of(base: str, recipe: SiDRecipe, lora: Path) -> StableDiffusionParts:
     """The model under a LoRA, seen as the recipe says. ValueError where it is said to be another kind of model.
 
-    A model that does not say what it is counts as epsilon on SDXL's schedule, as everywhere; but it may be the very one
-    whose kind the run's configuration said.
+    A model that does not say what it is counts as epsilon on the usual schedule, as everywhere; but it may be the very
+    one whose kind the run's configuration said.
     """
-    parts = open_sdxl(base, recipe.prediction_type, f"the recipe of {lora}")
+    parts = open_parts(base, recipe.prediction_type, f"the recipe of {lora}")
+    _require_kind(parts, recipe, f"the recipe of {lora}")
     stated, wanted = parts.stated, recipe.zero_terminal_snr
     if stated.zero_terminal_snr is not None and stated.zero_terminal_snr != wanted:
         raise ValueError(
@@ -81,8 +93,8 @@ def _schedule(zero_terminal_snr: bool) -> str:
     return "zero terminal SNR" if zero_terminal_snr else "a last step that keeps some signal"
 
 
-def parts_of(generator: Generator) -> SDXLParts:
-    assert isinstance(generator.model, SDXLParts)
+def parts_of(generator: Generator) -> StableDiffusionParts:
+    assert isinstance(generator.model, StableDiffusionParts)
     return generator.model
 
 
@@ -121,9 +133,7 @@ def export(generator: Generator, path: Path, options: ExportOptions) -> list[str
 
 def export_unet(path: Path, generator: Generator, dtype: torch.dtype) -> None:
     """The UNet alone with bare ldm names: ComfyUI loses ``v_pred`` and ``ztsnr`` under a prefix."""
-    write_tensors(
-        path, _unet_tensors(generator, dtype, "") | _markers(generator.recipe), generator.recipe.to_metadata()
-    )
+    write_tensors(path, _unet_tensors(generator, dtype, "") | _markers(generator), generator.recipe.to_metadata())
 
 
 def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
@@ -131,7 +141,7 @@ def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae:
     is fp32: as SDXL's own files are stored.
     """
     rest = _rest(generator, dtype, vae)
-    tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator.recipe)
+    tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator)
     write_tensors(path, tensors, generator.recipe.to_metadata())
 
 
@@ -154,7 +164,7 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": f"{next(iter(adapter.values()))[2]:g}",
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_base_model_version": _kohya_version(generator),
     }
     metadata = generator.recipe.to_metadata() | about
     metadata["modelspec.architecture"] += LORA_SUFFIX
@@ -162,23 +172,28 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
 
 
 def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
-    """A folder that diffusers' ``StableDiffusionXLPipeline.from_pretrained`` reads, the recipe in its UNet's file."""
-    from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    """A folder that diffusers' ``DiffusionPipeline.from_pretrained`` reads, the recipe in its UNet's file."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     if path.exists():
         raise ValueError(f"{path}: expected a folder that does not exist yet")
     parts, recipe = parts_of(generator), generator.recipe
-    text, (tokenizer, tokenizer_2) = parts.load_text(), parts.load_tokenizers()
     kept = dtype if dtype != torch.bfloat16 else torch.float16
-    autoencoder = parts.load_vae() if vae is None else load_vae(vae)
+    autoencoder = parts.load_vae() if vae is None else load_vae(vae, parts.kind)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**parts.unet_config)
-    pipeline = StableDiffusionXLPipeline(
+    networks: dict[str, Any] = {
+        name: part
+        for encoder, model, tokenizer in zip(
+            parts.kind.encoders, parts.load_text(), parts.load_tokenizers(), strict=True
+        )
+        for name, part in ((encoder.folder, _narrow(model, kept)), (encoder.tokenizer, tokenizer))
+    }
+    if parts.kind is not SDXL_KIND:
+        networks |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = (StableDiffusionXLPipeline if parts.kind is SDXL_KIND else StableDiffusionPipeline)(
+        **networks,
         vae=_narrow(autoencoder, kept),
-        text_encoder=_narrow(text.clip_l, kept),
-        text_encoder_2=_narrow(text.clip_g, kept),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
         unet=None,
         scheduler=DDPMScheduler(
             beta_start=0.00085,
@@ -198,6 +213,11 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.narrowed(dtype) for name, tensor in generator.merged().items()}
         write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, recipe.to_metadata())
+
+
+def _kohya_version(generator: Generator) -> str:
+    architecture = parts_of(generator).kind.architecture
+    return architecture.kohya_v if generator.recipe.prediction_type == "v_prediction" else architecture.kohya
 
 
 def _narrow(network: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -222,10 +242,12 @@ def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[st
     rest = dict(parts_of(generator).load_rest())
     if vae is not None:
         rest = {k: t for k, t in rest.items() if not k.startswith(VAE)} | vae_tensors(vae)
-    missing = [prefix for prefix in REST if not any(name.startswith(prefix) for name in rest)]
+    parts = parts_of(generator).kind.rest
+    missing = [part for part in parts if not any(name.startswith(part) for name in rest)]
     if missing:
+        text, autoencoder = (part[0] for part in parts)
         raise ValueError(
-            f"checkpoint: expected text encoders (conditioner.*) and a VAE (first_stage_model.*), but {missing[0]}* is "
+            f"checkpoint: expected text encoders ({text}*) and a VAE ({autoencoder}*), but {missing[0][0]}* is "
             "missing in the model's file: give a whole checkpoint as --base, or --vae, or export --format unet"
         )
     shrink = dtype != torch.float32
@@ -235,25 +257,30 @@ def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[st
     }
 
 
-def _markers(recipe: SiDRecipe) -> dict[str, LazyTensor]:
-    """The empty tensors by which ComfyUI knows a v-prediction model and a zero-terminal-SNR schedule."""
+def _markers(generator: Generator) -> dict[str, LazyTensor]:
+    """The empty tensors by which ComfyUI knows a v-prediction model and a zero-terminal-SNR schedule, if it does."""
+    recipe = generator.recipe
+    if not parts_of(generator).kind.has_markers:
+        return {}
     wanted = (recipe.prediction_type == "v_prediction", recipe.zero_terminal_snr)
     return {name: LazyTensor.of(torch.zeros(0)) for name, is_so in zip(MARKERS, wanted, strict=True) if is_so}
 
 
-def open_network(path: Path) -> SDXLParts:
+def open_network(path: Path) -> StableDiffusionParts:
     """A UNet without a recipe, in a safetensors file or a pickled one, with diffusers' names or ldm's."""
     if is_pickle(path):
-        return open_pickled_sdxl(path)
+        return open_pickled_parts(path)
     if has_recipe(read_safetensors_metadata(path)):
         raise ValueError(f"{path}: it carries a recipe already; python -m sid_train inspect shows it")
-    return open_sdxl(str(path))
+    return open_parts(str(path))
 
 
-def convert_unet(parts: SDXLParts, path: Path, recipe: SiDRecipe, dtype: str, base: str | None = None) -> None:
+def convert_unet(
+    parts: StableDiffusionParts, path: Path, recipe: SiDRecipe, dtype: str, base: str | None = None
+) -> None:
     """Writes a UNet with ``recipe``, which says what it predicts: alone, or as a checkpoint with what ``base`` has."""
     if base is not None:
-        parts = replace(parts, **vars(rest_of(base)))
+        parts = replace(parts, **vars(rest_of(base, parts.kind)))
     refuse_to_overwrite(path, [parts.weights, *parts.read_from])
     generator = Generator(parts, recipe, parts.tensors)
     if base is None:

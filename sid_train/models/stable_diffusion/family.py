@@ -1,4 +1,4 @@
-"""SDXL and its fine-tunes as a model family."""
+"""The generations of Stable Diffusion as model families."""
 
 from __future__ import annotations
 
@@ -8,88 +8,113 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ...core.architectures import SDXL
 from ...core.noise_schedule import VPSchedule
 from ...core.recipe import SiDRecipe
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelShapes, count_parameters
 from ..family import AUTO, ExportOptions, Generator, ModelFamily
 from ..unet import UNetDenoiser
-from .base import sdxl_text_encoders, sdxl_unet, sdxl_vae
-from .export import FORMATS, export, open_sdxl_generator
+from .base import base_text_encoders, base_unet, base_vae
+from .export import FORMATS, export, open_exported
 from .folder import open_vae, weights_of
-from .keys import CLIP_G, CLIP_L, VAE
-from .networks import build_unet, build_vae
-from .parts import RESOLUTION, SDXLParts, check_resolution, open_sdxl, vae_tensors
+from .keys import UNET, VAE
+from .kinds import Kind, kind_of_name, kind_of_unet
+from .networks import build_unet, build_vae, shapes_of
+from .parts import StableDiffusionParts, check_resolution, open_parts, vae_tensors
 from .text import WINDOW
 
 
-class SDXLFamily(ModelFamily):
-    """Single files with ldm names, diffusers folders and hub ids."""
+class StableDiffusionFamily(ModelFamily):
+    """One generation: single files with ldm names, diffusers folders and hub ids."""
 
-    architecture = SDXL.name
     export_formats = FORMATS
 
+    def __init__(self, kind: Kind):
+        self.kind = kind
+
+    @property
+    def architecture(self) -> str:
+        return self.kind.architecture.name
+
     def opens(self, source: str, metadata: Mapping[str, str]) -> bool:
-        """Always: few files say what they are, and ``open`` refuses other models by name."""
-        return True
+        """Few files say what they are: by the UNet's tensors, or where there are none, by the source's name."""
+        return _kind_of(source) is self.kind
 
     def check_resolution(self, resolution: int) -> None:
         check_resolution(resolution)
 
-    def open(self, source: str, prediction_type: str = AUTO) -> SDXLParts:
-        return open_sdxl(source, prediction_type)
+    def open(self, source: str, prediction_type: str = AUTO) -> StableDiffusionParts:
+        return open_parts(source, prediction_type)
 
     def shapes(self, source: str, resolution: int, prediction_type: str = AUTO) -> ModelShapes:
-        """Read from headers; SDXL base's where there is no such file or folder here."""
+        """Read from headers; those of the base model where there is no such file or folder here."""
         check_resolution(resolution)
         path = Path(source)
         if not path.exists():
-            text = sum(map(count_parameters, sdxl_text_encoders()))
-            name = f"SDXL base (there is no {source} here to read the shapes of)"
-            return _shapes(name, sdxl_unet(), resolution, text, sdxl_vae())
-        parts = open_sdxl(source, prediction_type)
-        text, vae = (_rest_of_folder if path.is_dir() else _rest_of_file)(path)
+            text = sum(map(count_parameters, base_text_encoders(self.kind)))
+            name = f"{self.kind.architecture.base_model} (there is no {source} here to read the shapes of)"
+            size = resolution or self.kind.resolution(prediction_type)
+            return _shapes(name, base_unet(self.kind), size, text, base_vae())
+        parts = open_parts(source, prediction_type)
+        text, vae = (_rest_of_folder if path.is_dir() else _rest_of_file)(path, parts.kind)
         unet = build_unet(parts.unet_config, parts.tensors, None)
-        return _shapes(f"{parts.name}, read from {source}", unet, resolution, text, vae)
+        size = resolution or parts.kind.resolution(parts.prediction_type)
+        return _shapes(f"{parts.name}, read from {source}", unet, size, text, vae)
 
     def open_generator(self, path: Path, recipe: SiDRecipe, base: str | None) -> Generator:
-        return open_sdxl_generator(path, recipe, base)
+        return open_exported(path, recipe, base)
 
     def export(self, generator: Generator, path: Path, options: ExportOptions) -> list[str]:
         return export(generator, path, options)
 
 
+def _kind_of(source: str) -> Kind:
+    path = Path(source)
+    try:
+        tensors = open_tensors(weights_of(path, "unet") if path.is_dir() else path)
+    except (ValueError, OSError):
+        return kind_of_name(source)
+    prefix = UNET if any(name.startswith(UNET) for name in tensors) else ""
+    shapes = shapes_of(tensors)
+    return kind_of_unet({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
+
+
 def _shapes(
     name: str, unet: UNet2DConditionModel, resolution: int, text_parameters: int, vae: AutoencoderKL | None
 ) -> ModelShapes:
-    size = (resolution or RESOLUTION) // 8
+    size = resolution // 8
     config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    conditioning: dict[str, tuple[int, ...]] = {"text": (WINDOW, config.cross_attention_dim)}
+    if config.addition_embed_type is not None:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        conditioning |= {"pooled": (pooled,), "time_ids": (6,)}
     return ModelShapes(
         name=name,
         denoiser=UNetDenoiser(unet, VPSchedule.sdxl()),
         latent_shape=(config.in_channels, size, size),
-        conditioning={"text": (WINDOW, config.cross_attention_dim), "pooled": (pooled,), "time_ids": (6,)},
+        conditioning=conditioning,
         text_parameters=text_parameters,
         vae=vae,
     )
 
 
-def _rest_of_file(path: Path) -> tuple[int, AutoencoderKL | None]:
+def _rest_of_file(path: Path, kind: Kind) -> tuple[int, AutoencoderKL | None]:
     """The parameters of the text encoders, and the VAE."""
     tensors = open_tensors(path)
-    text = _elements({name: tensor for name, tensor in tensors.items() if name.startswith((CLIP_L, CLIP_G))})
+    of_text = tuple(prefix for encoder in kind.encoders for prefix in encoder.prefixes)
+    text = _elements({name: tensor for name, tensor in tensors.items() if name.startswith(of_text)})
     if not any(name.startswith(VAE) for name in tensors):
         return text, None
     vae = {name.removeprefix(VAE): tensor for name, tensor in vae_tensors(path).items()}
-    return text, build_vae(vae, None, str(path))
+    return text, build_vae(vae, None, str(path), kind.scaling_factor)
 
 
-def _rest_of_folder(folder: Path) -> tuple[int, AutoencoderKL | None]:
-    there = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+def _rest_of_folder(folder: Path, kind: Kind) -> tuple[int, AutoencoderKL | None]:
+    there = [encoder.folder for encoder in kind.encoders if (folder / encoder.folder).is_dir()]
     text = sum(_elements(open_tensors(weights_of(folder, name))) for name in there)
-    return text, build_vae(open_vae(folder), None, str(folder)) if (folder / "vae").is_dir() else None
+    if not (folder / "vae").is_dir():
+        return text, None
+    return text, build_vae(open_vae(folder, kind), None, str(folder), kind.scaling_factor)
 
 
 def _elements(tensors: Mapping[str, LazyTensor]) -> int:

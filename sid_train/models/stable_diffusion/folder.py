@@ -1,4 +1,4 @@
-"""A diffusers folder of SDXL, local or from the hub: the same checks as for a single file."""
+"""A diffusers folder, local or from the hub: the same checks as for a single file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from transformers import CLIPTokenizer
 from ...files.reading import SMALL_LIMIT, read_json, reading, require_file, shown
 from ...files.tensors import LazyTensor, open_tensors
 from ..family import Tensors
-from .keys import CLIP_G, CLIP_L, HEAD_WIDTH, VAE, clip_g_to_open_clip
+from .keys import HEAD_WIDTH, VAE, to_open_clip
+from .kinds import Kind, TextEncoder
 from .networks import (
     LATENT_CHANNELS,
     NOT_READ,
     PROJECTION,
-    SCALING_FACTOR,
     TEXT,
-    build_clip_g,
-    build_clip_l,
+    build_text,
     read_vae,
 )
 from .text import TextEncoders, Tokenizers
@@ -35,13 +34,14 @@ WEIGHTS = {
     "text_encoder_2": "model",
     "vae": "diffusion_pytorch_model",
 }
-"""The file of each network, without its suffix."""
+"""The file of each network, without its suffix. SD 1.x and 2.x have no second text encoder."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 SUFFIX, FP16_SUFFIX = ".safetensors", ".fp16.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-# All that is read of a diffusers folder: SDXL's on the hub has the same weights in several files more.
+# All that is read of a diffusers folder: those on the hub have the same weights in several files more.
+INDEX_FILE = "model_index.json"
 HUB_FILES = (
-    "model_index.json",
+    INDEX_FILE,
     "scheduler/*.json",
     "tokenizer/*",
     "tokenizer_2/*",
@@ -65,7 +65,9 @@ def find_folder(source: str) -> Path:
 
     try:
         folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
-        if lacking := [f"{n}/{file}" for n, file in WEIGHTS.items() if not (folder / n / f"{file}{SUFFIX}").is_file()]:
+        stated = read_settings(folder / INDEX_FILE, folder)
+        networks = {name: file for name, file in WEIGHTS.items() if name in stated}
+        if lacking := [f"{n}/{file}" for n, file in networks.items() if not (folder / n / f"{file}{SUFFIX}").is_file()]:
             snapshot_download(source, allow_patterns=[file + FP16_SUFFIX for file in lacking])
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -87,7 +89,7 @@ def weights_of(folder: Path, network: str) -> Path:
             "save_pretrained(..., max_shard_size='20GB'), or use its single file"
         )
     raise ValueError(
-        f"{folder}: expected {network}/{WEIGHTS[network]}{SUFFIX} (or {FP16_SUFFIX}), as a diffusers folder of SDXL "
+        f"{folder}: expected {network}/{WEIGHTS[network]}{SUFFIX} (or {FP16_SUFFIX}), as a diffusers folder "
         "has; pickled weights (.bin) are not read"
     )
 
@@ -95,7 +97,7 @@ def weights_of(folder: Path, network: str) -> Path:
 def read_settings(path: Path, folder: Path) -> dict[str, Any]:
     """The object in one of a folder's JSON files."""
     if not path.exists():
-        raise ValueError(f"{path}: expected a diffusers folder of SDXL, which has this file, in {folder}")
+        raise ValueError(f"{path}: expected a diffusers folder, which has this file, in {folder}")
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object, got {shown(settings, 60)}")
@@ -103,8 +105,8 @@ def read_settings(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def require_unet_config(path: Path, settings: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """ValueError where ``unet/config.json`` asks for another network than the one that SDXL's files mean by such
-    tensors: what it cannot say by names and shapes, no single file could say either.
+    """ValueError where ``unet/config.json`` asks for another network than the one that files mean by such tensors: what
+    it cannot say by names and shapes, no single file could say either.
     """
     usual = {name: p.default for name, p in signature(UNet2DConditionModel.__init__).parameters.items()}
     for key, value in settings.items():
@@ -114,7 +116,7 @@ def require_unet_config(path: Path, settings: Mapping[str, Any], ours: Mapping[s
         if "transformer_layers" in key:  # blocks without attention have numbers, too, which mean nothing
             continue
         if not _is_same(value, expected):
-            raise ValueError(f"{path}: {key}: expected {shown(expected, 80)}, as SDXL has, got {shown(value, 80)}")
+            raise ValueError(f"{path}: {key}: expected {shown(expected, 80)} with such tensors, got {shown(value, 80)}")
 
 
 def _is_same(value: Any, expected: Any) -> bool:
@@ -127,11 +129,12 @@ def _is_same(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
-def _require_settings(path: Path, settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _require_settings(path: Path, settings: Mapping[str, Any], expected: Mapping[str, Any], kind: Kind) -> None:
     for key, ours in expected.items():
         value = settings.get(key)
         if value is not None and value != ours:
-            raise ValueError(f"{path}: {key}: expected {shown(ours, 60)}, as SDXL has, got {shown(value, 60)}")
+            people = kind.architecture.people
+            raise ValueError(f"{path}: {key}: expected {shown(ours, 60)}, as {people} has, got {shown(value, 60)}")
 
 
 # -- text encoders and VAE ---------------------------------------------------------------------------------------------
@@ -139,37 +142,40 @@ def _require_settings(path: Path, settings: Mapping[str, Any], expected: Mapping
 FILE_SETTINGS = ("vocab_file", "merges_file", "tokenizer_file")
 
 
-def load_text(folder: Path, dtype: torch.dtype | None) -> TextEncoders:
-    """Both text encoders; None leaves them on the meta device."""
-    clip_l, clip_g = (_text_tensors(folder, network) for network in ("text_encoder", "text_encoder_2"))
-    where_l, where_g = (str(weights_of(folder, network)) for network in ("text_encoder", "text_encoder_2"))
-    _require_text_config(folder / "text_encoder" / "config.json", folder, clip_l, "quick_gelu")
-    _require_text_config(folder / "text_encoder_2" / "config.json", folder, clip_g, "gelu")
-    return TextEncoders(build_clip_l(clip_l, dtype, where_l), build_clip_g(clip_g, dtype, where_g))
+def load_text(folder: Path, kind: Kind, dtype: torch.dtype | None) -> TextEncoders:
+    """All text encoders; None leaves them on the meta device."""
+    found = []
+    for encoder in kind.encoders:
+        tensors, where = _text_tensors(folder, encoder), str(weights_of(folder, encoder.folder))
+        _require_text_config(folder, encoder, tensors, kind)
+        found.append(build_text(encoder, tensors, dtype, where))
+    return tuple(found)
 
 
-def load_tokenizers(folder: Path) -> Tokenizers:
+def load_tokenizers(folder: Path, kind: Kind) -> Tokenizers:
     """That of each text encoder."""
-    return _tokenizer(folder / "tokenizer"), _tokenizer(folder / "tokenizer_2")
+    return tuple(_tokenizer(folder / encoder.tokenizer) for encoder in kind.encoders)
 
 
-def _text_tensors(folder: Path, network: str) -> dict[str, LazyTensor]:
+def _text_tensors(folder: Path, encoder: TextEncoder) -> dict[str, LazyTensor]:
     """By transformers 4's names: version 5 leaves the prefix out in one of the two."""
-    tensors = open_tensors(weights_of(folder, network))
+    tensors = open_tensors(weights_of(folder, encoder.folder))
     ends = (TEXT, PROJECTION, *NOT_READ)
     return {name if name.startswith(ends) else TEXT + name: tensor for name, tensor in tensors.items()}
 
 
-def _require_text_config(path: Path, folder: Path, tensors: Tensors, activation: str) -> None:
+def _require_text_config(folder: Path, encoder: TextEncoder, tensors: Tensors, kind: Kind) -> None:
+    path = folder / encoder.folder / "config.json"
     embedding = tensors.get(f"{TEXT}embeddings.token_embedding.weight")
     heads = embedding.shape[1] // HEAD_WIDTH if embedding and len(embedding.shape) == 2 else None
-    usual = {"hidden_act": activation, "layer_norm_eps": 1e-5, "num_attention_heads": heads}
-    _require_settings(path, read_settings(path, folder), {key: value for key, value in usual.items() if value})
+    usual = {"hidden_act": encoder.activation, "layer_norm_eps": 1e-5, "num_attention_heads": heads}
+    expected = {key: value for key, value in usual.items() if value}
+    _require_settings(path, read_settings(path, folder), expected, kind)
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a diffusers folder of SDXL, which has this folder")
+        raise ValueError(f"{folder}: expected a diffusers folder, which has this folder")
     for path in folder.iterdir():
         if not path.is_dir():
             require_file(path, SMALL_LIMIT)
@@ -181,25 +187,30 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def open_vae(folder: Path) -> dict[str, LazyTensor]:
+def open_vae(folder: Path, kind: Kind) -> dict[str, LazyTensor]:
     """The VAE's tensors by ldm's names."""
     config, weights = folder / "vae" / "config.json", weights_of(folder, "vae")
-    usual: dict[str, Any] = {"scaling_factor": SCALING_FACTOR, "latent_channels": LATENT_CHANNELS, "act_fn": "silu"}
+    usual: dict[str, Any] = {"scaling_factor": kind.scaling_factor, "latent_channels": LATENT_CHANNELS}
     settings = read_settings(config, folder)
-    _require_settings(config, settings, usual | {"norm_num_groups": 32})
+    _require_settings(config, settings, usual | {"act_fn": "silu", "norm_num_groups": 32}, kind)
     for key in ("latents_mean", "latents_std", "shift_factor"):
         if settings.get(key):
-            raise ValueError(f"{config}: {key}: expected none, as SDXL has, got {shown(settings[key], 60)}")
+            people = kind.architecture.people
+            raise ValueError(f"{config}: {key}: expected none, as {people} has, got {shown(settings[key], 60)}")
     return read_vae(open_tensors(weights), str(weights))
 
 
-def rest_of_folder(folder: Path) -> dict[str, LazyTensor]:
+def rest_of_folder(folder: Path, kind: Kind) -> dict[str, LazyTensor]:
     """Text encoders and VAE with the names of single files. They are checked first."""
-    load_text(folder, None)
-    clip_l, clip_g = (_text_tensors(folder, network) for network in ("text_encoder", "text_encoder_2"))
-    found = {CLIP_L + name.removeprefix(TEXT): t for name, t in clip_l.items() if name.startswith(TEXT)}
-    read = {name: tensor.load_finite() for name, tensor in clip_g.items()}
-    where = str(weights_of(folder, "text_encoder_2"))
-    for name, tensor in clip_g_to_open_clip(read).items():
-        found[CLIP_G + name] = LazyTensor.of(tensor, f"{where}: tensor {name}")
-    return found | {VAE + name: tensor for name, tensor in open_vae(folder).items()}
+    load_text(folder, kind, None)
+    found: dict[str, LazyTensor] = {}
+    for encoder in kind.encoders:
+        tensors, prefix = _text_tensors(folder, encoder), encoder.prefixes[0]
+        if not encoder.is_open_clip:
+            found |= {prefix + name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+            continue
+        read = {name: tensor.load_finite() for name, tensor in tensors.items()}
+        where = str(weights_of(folder, encoder.folder))
+        for name, tensor in to_open_clip(read).items():
+            found[prefix + name] = LazyTensor.of(tensor, f"{where}: tensor {name}")
+    return found | {VAE + name: tensor for name, tensor in open_vae(folder, kind).items()}

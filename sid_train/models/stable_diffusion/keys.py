@@ -1,4 +1,6 @@
-"""Names of SDXL's tensors: those of its files (ldm) and those of diffusers. Names and shapes only, no network."""
+"""Names of tensors: those of Stable Diffusion's single files (ldm) and those of diffusers. Names and shapes only, no
+network.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from torch import Tensor
 from ...files.reading import shown
 from ...files.tensors import LazyTensor
 
-# Where a single file has each network.
+# Where a single file has each network; ``kinds`` knows where the text encoders are.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 
 MARKERS = ("v_pred", "ztsnr")
 """Empty tensors by which ComfyUI knows v-prediction and a zero-terminal-SNR schedule."""
@@ -34,7 +35,9 @@ BESIDE_WEIGHTS = (
 """Ends of the names of what stands beside scaled and quantised weights, which mean nothing without it."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-HEAD_WIDTH = 64  # channels of an attention head, in the UNet and in both text encoders
+HEAD_WIDTH = 64  # channels of an attention head, in the UNets of SDXL and SD 2.x and in all text encoders
+SD1_HEADS = 8  # attention heads in the UNet of SD 1.x, at every width
+WIDEST_WITHOUT_LABEL = 1024  # SD 2.x: how wide the text of a UNet can be that is told neither size nor pooled text
 TIME_ID_WIDTH = 256  # sinusoidal embedding of each of the six time ids
 
 # diffusers' names inside a residual block of the UNet -> ldm's
@@ -57,12 +60,16 @@ UNET_ENDS = {
 }
 
 
+# What diffusers calls the block between the way down and the way up, with a transformer and without.
+MIDDLE, MIDDLE_WITHOUT_ATTENTION = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+
 Block = tuple[str, str]
 """The names of a residual block and of the transformer that may follow it."""
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of diffusers' ``UNet2DConditionModel`` for a UNet of SDXL's class, from its tensors in either layout.
+    """Arguments of diffusers' ``UNet2DConditionModel`` for a UNet of the class of SD 1.x, 2.x or SDXL, from its tensors
+    in either layout. SSD-1B, Vega and KOALA are of SDXL's.
 
     ValueError for a UNet of another class, and for one whose depths diffusers cannot express.
     """
@@ -72,25 +79,33 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         return shapes.get(f"{module if is_diffusers else UNET_ENDS[module]}.weight")
 
     def reject(expected: str, got: object) -> ValueError:
-        return ValueError(f"UNet: expected {expected}, as SDXL has, got {got}")
+        return ValueError(f"UNet: expected {expected}, as SD 1.x, 2.x and SDXL have, got {got}")
 
     first, last, label = (shape_of(module) for module in ("conv_in", "conv_out", "add_embedding.linear_1"))
     if first is None or last is None:
         raise reject("tensors such as input_blocks.0.0.weight", f"{', '.join(list(shapes)[:3])} ...")
-    if label is None:
-        raise reject("label_emb.* (size and pooled text conditioning)", "a UNet without them (SD 1.5 or 2.x)")
     if first[1] != 4:
         raise reject("4 input channels", f"{first[1]} (an inpainting or video model?)")
     text = next((shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight")), None)
     projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
-    if text is None or len(projection) != 2:
-        raise reject("cross attention with linear projections", "none" if text is None else "convolutions")
+    is_linear = len(projection) == 2
+    if text is None:
+        raise reject("cross attention", "none")
+    if label is None and text[1] > WIDEST_WITHOUT_LABEL:
+        raise reject(
+            "label_emb.* (size and pooled text) beside cross attention as wide as SDXL's", "a UNet without them"
+        )
+    if label is not None and not is_linear:
+        raise reject("linear projections beside label_emb.*", "convolutions")
 
-    def depth(blocks: list[Block]) -> int:
-        depths = {_depth(shapes, transformer) for _, transformer in blocks}
-        if len(depths) != 1:
-            raise reject("the same number of transformer layers in each block of a level", sorted(depths))
-        return depths.pop()
+    def depth(blocks: list[Block]) -> int | tuple[int, ...]:
+        """Of the transformers of a level: one for all, or each block's."""
+        depths = tuple(_depth(shapes, transformer) for _, transformer in blocks)
+        if len(set(depths)) == 1:
+            return depths[0]
+        if 0 in depths:
+            raise reject("transformers in all blocks of a level, or in none", depths)
+        return depths
 
     lower, upper = _levels_of_diffusers(shapes) if is_diffusers else _levels_of_ldm(shapes)
     if [len(level) for level in upper] != [len(level) + 1 for level in lower[::-1]]:
@@ -99,9 +114,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
     middles = ("mid_block.resnets.0", "mid_block.attentions.0") if is_diffusers else _blocks_of("middle_block")
     middle_resnet, middle = middles
     conv = "conv1" if is_diffusers else RESNET["conv1"]
-    has_middle = f"{middle_resnet}.{conv}.weight" in shapes
-    if has_middle and _depth(shapes, middle) != down[-1]:
-        raise reject(f"{down[-1]} transformer layers in the middle, as in the last level", _depth(shapes, middle))
+    kind = None
+    if f"{middle_resnet}.{conv}.weight" in shapes:
+        kind = MIDDLE if _depth(shapes, middle) else MIDDLE_WITHOUT_ATTENTION
+    if kind == MIDDLE and _depth(shapes, middle) != (down[-1] or 1):
+        raise reject(f"{down[-1] or 1} transformer layers in the middle, as in the last level", _depth(shapes, middle))
     sizes = [len(level) for level in lower]
     channels = [shapes[f"{level[-1][0]}.{conv}.weight"][0] for level in lower]
     return {
@@ -110,17 +127,18 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "block_out_channels": tuple(channels),
         "layers_per_block": sizes[0] if len(set(sizes)) == 1 else tuple(sizes),
         "down_block_types": tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in down),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if has_middle else None,
+        "mid_block_type": kind,
         "up_block_types": tuple("CrossAttnUpBlock2D" if d else "UpBlock2D" for d in up),
         # Where there is no transformer the number is not read, but must not be 0.
-        "transformer_layers_per_block": tuple(max(d, 1) for d in down),
-        "reverse_transformer_layers_per_block": None if up == down[::-1] else tuple(max(d, 1) for d in up),
-        "attention_head_dim": tuple(max(c // HEAD_WIDTH, 1) for c in channels),  # diffusers means the number of heads
+        "transformer_layers_per_block": tuple(d or 1 for d in down),
+        "reverse_transformer_layers_per_block": None if up == down[::-1] else tuple(d or 1 for d in up),
+        # diffusers means the number of heads
+        "attention_head_dim": tuple(max(c // HEAD_WIDTH, 1) if is_linear else SD1_HEADS for c in channels),
         "cross_attention_dim": text[1],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": TIME_ID_WIDTH,
-        "projection_class_embeddings_input_dim": label[1],
+        "use_linear_projection": is_linear,
+        "addition_embed_type": None if label is None else "text_time",
+        "addition_time_embed_dim": None if label is None else TIME_ID_WIDTH,
+        "projection_class_embeddings_input_dim": None if label is None else label[1],
     }
 
 
@@ -189,10 +207,11 @@ def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
         if level < len(down) - 1:
             found[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
-    if config.get("mid_block_type", "UNetMidBlock2DCrossAttn"):
+    if middle := config.get("mid_block_type", MIDDLE):
         resnet("mid_block.resnets.0", "middle_block.0")
-        found["mid_block.attentions.0"] = "middle_block.1"
-        resnet("mid_block.resnets.1", "middle_block.2")
+        if middle == MIDDLE:
+            found["mid_block.attentions.0"] = "middle_block.1"
+            resnet("mid_block.resnets.1", "middle_block.2")
     number = 0
     for level, kind in enumerate(up):
         attends = kind.startswith("CrossAttn")
@@ -227,11 +246,6 @@ def rename(names: Iterable[str], modules: Mapping[str, str]) -> dict[str, str]:
 
 def invert(modules: Mapping[str, str]) -> dict[str, str]:
     return {theirs: ours for ours, theirs in modules.items()}
-
-
-def kohya_name(ldm_module: str) -> str:
-    """What kohya's trainers, and ComfyUI, call the LoRA of a UNet's module."""
-    return "lora_unet_" + ldm_module.replace(".", "_")
 
 
 # -- VAE ---------------------------------------------------------------------------------------------------------------
@@ -296,15 +310,15 @@ def is_vae_attention(ldm_name: str) -> bool:
     return ".attn_1." in ldm_name and ldm_name.endswith(".weight") and ".norm." not in ldm_name
 
 
-# -- OpenCLIP bigG -----------------------------------------------------------------------------------------------------
+# -- OpenCLIP ----------------------------------------------------------------------------------------------------------
 
-CLIP_G_ENDS = {
+OPEN_CLIP_ENDS = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
-CLIP_G_LAYER = {
+OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "self_attn.out_proj": "attn.out_proj",
@@ -314,14 +328,17 @@ CLIP_G_LAYER = {
 QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
 
 
-def clip_g_from_open_clip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """OpenCLIP's text tower as transformers' ``CLIPTextModelWithProjection`` names it (version 4's names)."""
-    found = {ours: tensors[theirs] for ours, theirs in CLIP_G_ENDS.items()}
-    found["text_projection.weight"] = tensors["text_projection"].map(lambda matrix: matrix.T.contiguous())
+def from_open_clip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """OpenCLIP's text tower as transformers' ``CLIPTextModelWithProjection`` names it (version 4's names), or
+    ``CLIPTextModel`` where there is no projection.
+    """
+    found = {ours: tensors[theirs] for ours, theirs in OPEN_CLIP_ENDS.items()}
+    if "text_projection" in tensors:
+        found["text_projection.weight"] = tensors["text_projection"].map(lambda matrix: matrix.T.contiguous())
     for number in range(count_parts(tensors, "transformer.resblocks.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
-            found |= {f"{ours}.{a}.{kind}": tensors[f"{theirs}.{b}.{kind}"] for a, b in CLIP_G_LAYER.items()}
+            found |= {f"{ours}.{a}.{kind}": tensors[f"{theirs}.{b}.{kind}"] for a, b in OPEN_CLIP_LAYER.items()}
             joined = tensors[f"{theirs}.attn.in_proj_{kind}"]
             for place, name in enumerate(QKV):
                 found[f"{ours}.{name}.{kind}"] = joined.map(partial(_third, place=place))
@@ -332,13 +349,14 @@ def _third(joined: Tensor, place: int) -> Tensor:
     return joined.chunk(3)[place].clone()
 
 
-def clip_g_to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of ``clip_g_from_open_clip``, to the bit."""
-    found = {theirs: tensors[ours] for ours, theirs in CLIP_G_ENDS.items()}
-    found["text_projection"] = tensors["text_projection.weight"].T.contiguous()
+def to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of ``from_open_clip``, to the bit."""
+    found = {theirs: tensors[ours] for ours, theirs in OPEN_CLIP_ENDS.items()}
+    if "text_projection.weight" in tensors:
+        found["text_projection"] = tensors["text_projection.weight"].T.contiguous()
     for number in range(count_parts(tensors, "text_model.encoder.layers.")):
         ours, theirs = f"text_model.encoder.layers.{number}", f"transformer.resblocks.{number}"
         for kind in ("weight", "bias"):
-            found |= {f"{theirs}.{b}.{kind}": tensors[f"{ours}.{a}.{kind}"] for a, b in CLIP_G_LAYER.items()}
+            found |= {f"{theirs}.{b}.{kind}": tensors[f"{ours}.{a}.{kind}"] for a, b in OPEN_CLIP_LAYER.items()}
             found[f"{theirs}.attn.in_proj_{kind}"] = torch.cat([tensors[f"{ours}.{name}.{kind}"] for name in QKV])
     return found

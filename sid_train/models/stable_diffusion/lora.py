@@ -1,4 +1,4 @@
-"""LoRAs of SDXL: kohya's files, and the one nearest to the difference of two networks."""
+"""LoRAs of UNets: kohya's files, and the one nearest to the difference of two networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...files.reading import reading, shown
 from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
 from ..family import Tensors
-from .keys import invert, kohya_name, rename, unet_modules
+from .keys import invert, rename, unet_modules
 
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 
@@ -25,9 +25,14 @@ def is_kohya(names: Iterable[str]) -> bool:
 
 
 def kohya_modules(unet: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
-    """``{diffusers' name: kohya's name}`` of every module with a weight in a UNet."""
+    """``{diffusers' name: kohya's name}`` of every module with a weight in a UNet.
+
+    kohya's trainers take ldm's names for SDXL, and diffusers' for SD 1.x and 2.x. ComfyUI reads both for each.
+    """
     modules = [name.removesuffix(".weight") for name in unet if name.endswith(".weight")]
-    return {ours: kohya_name(ldm) for ours, ldm in rename(modules, unet_modules(config)).items()}
+    is_sdxl = config["addition_embed_type"] is not None
+    names = rename(modules, unet_modules(config)) if is_sdxl else {name: name for name in modules}
+    return {ours: "lora_unet_" + name.replace(".", "_") for ours, name in names.items()}
 
 
 def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:

@@ -1,4 +1,4 @@
-"""SDXL's networks from tensors as files name them: what they must be is checked by names and shapes alone."""
+"""Networks from tensors as files name them: what they must be is checked by names and shapes alone."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from .keys import (
     HEAD_WIDTH,
     SCALED_FP8,
     Shapes,
-    clip_g_from_open_clip,
-    clip_g_to_open_clip,
     count_parts,
+    from_open_clip,
     invert,
     is_vae_attention,
     rename,
+    to_open_clip,
     unet_config,
     unet_modules,
     vae_config,
     vae_modules,
 )
+from .kinds import TextEncoder
 
 LATENT_CHANNELS = 4
-SCALING_FACTOR = 0.13025
 TEXT, PROJECTION = "text_model.", "text_projection.weight"
+OPEN_CLIP_LAYERS = "transformer.resblocks."
 NOT_READ = ("position_ids", "logit_scale", "attn_mask")
 """Ends of names that text encoders may have in files, and that no encoding of a prompt reads."""
 
@@ -106,33 +107,43 @@ def _meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 # -- text encoders -----------------------------------------------------------------------------------------------------
 
 
-def build_clip_l(tensors: Tensors, dtype: torch.dtype | None, where: str, prefix: str = "") -> CLIPTextModel:
-    """CLIP-L with ``tensors`` named as transformers 4 does; None leaves it on the meta device."""
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(NOT_READ) and name != PROJECTION}
-    return _build_text(CLIPTextModel, tensors, "quick_gelu", dtype, where, prefix)
-
-
-def build_clip_g(
-    tensors: Tensors, dtype: torch.dtype | None, where: str, prefix: str = ""
-) -> CLIPTextModelWithProjection:
-    """OpenCLIP bigG with ``tensors`` in either layout; None leaves it on the meta device."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(NOT_READ)}
+def build_text(
+    encoder: TextEncoder, tensors: Tensors, dtype: torch.dtype | None, where: str, prefix: str = ""
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """``encoder`` with ``tensors`` named as transformers 4 does, or as OpenCLIP where it is one; None leaves it on the
+    meta device.
+    """
+    kind = CLIPTextModelWithProjection if encoder.has_projection else CLIPTextModel
+    unread = NOT_READ if encoder.has_projection else (*NOT_READ, PROJECTION, "text_projection")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(unread)}
     if "token_embedding.weight" in tensors:
         refuse_scaled_fp8(tensors, where)
+        tensors = _first_layers(tensors, encoder.layers)
         with _naming(where):
             shapes = shapes_of(tensors)
+            embedding = shapes["token_embedding.weight"]
             model = _meta_text(
-                CLIPTextModelWithProjection,
-                "gelu",
-                shapes["token_embedding.weight"],
+                kind,
+                encoder.activation,
+                embedding,
                 shapes["transformer.resblocks.0.mlp.c_fc.weight"],
-                count_parts(shapes, "transformer.resblocks."),
-                shapes["text_projection"][1],
+                count_parts(shapes, OPEN_CLIP_LAYERS),
+                shapes["text_projection"][1] if encoder.has_projection else embedding[1],
             )
-            expected = clip_g_to_open_clip(_named_as_4(model))
+            expected = to_open_clip(_named_as_4(model))
         require_tensors(expected, tensors, where, prefix)
-        tensors = clip_g_from_open_clip(tensors)
-    return _build_text(CLIPTextModelWithProjection, tensors, "gelu", dtype, where, prefix)
+        tensors = from_open_clip(tensors)
+    return _build_text(kind, tensors, encoder.activation, dtype, where, prefix)
+
+
+def _first_layers(tensors: Tensors, layers: int) -> Tensors:
+    """Without those of OpenCLIP's layers that are not read; 0 reads all."""
+
+    def is_read(name: str) -> bool:
+        number = name.removeprefix(OPEN_CLIP_LAYERS).partition(".")[0]
+        return not (name.startswith(OPEN_CLIP_LAYERS) and number.isdecimal() and int(number) >= layers)
+
+    return {name: tensor for name, tensor in tensors.items() if is_read(name)} if layers else tensors
 
 
 def _build_text(
@@ -200,7 +211,7 @@ def _make_buffers(model: nn.Module) -> None:
 
 
 def read_vae(tensors: Tensors, where: str, prefix: str = "") -> dict[str, LazyTensor]:
-    """A VAE's tensors by ldm's names, from either layout; ValueError for those of no VAE with SDXL's latents."""
+    """A VAE's tensors by ldm's names, from either layout; ValueError for those of no VAE with such latents."""
     refuse_scaled_fp8(tensors, where)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(("loss.", "model_ema."))}
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
@@ -215,15 +226,17 @@ def read_vae(tensors: Tensors, where: str, prefix: str = "") -> dict[str, LazyTe
     require_tensors(expected, tensors, where, prefix)
     if vae.config.latent_channels != LATENT_CHANNELS:
         raise ValueError(
-            f"{where}: expected a VAE with latents of {LATENT_CHANNELS} channels, as SDXL has, got "
-            f"{vae.config.latent_channels}"
+            f"{where}: expected a VAE with latents of {LATENT_CHANNELS} channels, got {vae.config.latent_channels}"
         )
     return dict(tensors)
 
 
-def build_vae(tensors: Tensors, dtype: torch.dtype | None, where: str) -> AutoencoderKL:
-    """A VAE with ``tensors`` as ``read_vae`` gives them; None leaves it on the meta device."""
-    vae = _meta_vae(tensors)
+def build_vae(tensors: Tensors, dtype: torch.dtype | None, where: str, scaling_factor: float) -> AutoencoderKL:
+    """A VAE with ``tensors`` as ``read_vae`` gives them; None leaves it on the meta device.
+
+    scaling_factor: of its latents, see ``Kind``
+    """
+    vae = _meta_vae(tensors, scaling_factor)
     if dtype is not None:
         ours = rename(tensors, invert(vae_modules(tensors)))
         named = {ours[k]: t.map(_to_matrix) if is_vae_attention(k) else t for k, t in tensors.items()}
@@ -231,10 +244,10 @@ def build_vae(tensors: Tensors, dtype: torch.dtype | None, where: str) -> Autoen
     return vae
 
 
-def _meta_vae(tensors: Tensors) -> AutoencoderKL:
+def _meta_vae(tensors: Tensors, scaling_factor: float = 1.0) -> AutoencoderKL:
     config = vae_config(shapes_of(tensors))
     with torch.device("meta"):
-        return AutoencoderKL(**config, scaling_factor=SCALING_FACTOR)
+        return AutoencoderKL(**config, scaling_factor=scaling_factor)
 
 
 def _to_1x1(matrix: Tensor) -> Tensor:

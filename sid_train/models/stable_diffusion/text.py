@@ -1,18 +1,19 @@
-"""SDXL's two text encoders behind the Conditioner interface."""
+"""CLIP's text encoders behind the Conditioner interface, as each generation of Stable Diffusion reads them."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -26,22 +27,14 @@ BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # those of OpenAI's CLIP; the file holds more
 
 
-Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
-"""CLIP-L's and OpenCLIP bigG's: they pad differently."""
+TextEncoders = tuple[CLIPTextModel | CLIPTextModelWithProjection, ...]
+Tokenizers = tuple[CLIPTokenizer, ...]
+"""One for each text encoder: OpenAI's and OpenCLIP's pad differently."""
 
 
-@dataclass
-class TextEncoders:
-    """CLIP-L and OpenCLIP bigG."""
-
-    clip_l: CLIPTextModel
-    clip_g: CLIPTextModelWithProjection
-
-
-class SDXLConditioner:
-    """Encodes prompts as diffusers' SDXL pipeline does: penultimate hidden states of both encoders, the pooled vector
-    of the second, and the size of the picture. Prompts of more than 75 tokens are read as ComfyUI reads them: in chunks
-    of 75, whose hidden states are put one after another; pooled is the first chunk's. Prompts are taken literally.
+class CLIPConditioner(ABC):
+    """Encodes prompts as diffusers' pipelines do. Prompts of more than 75 tokens are read as ComfyUI reads them: in
+    chunks of 75, whose hidden states are put one after another. Prompts are taken literally.
 
     The encoders are loaded at the first prompt; ``unload`` frees them.
     """
@@ -63,7 +56,7 @@ class SDXLConditioner:
     def tokenizers(self) -> Tokenizers:
         return self._load_tokenizers()
 
-    def to(self, device: torch.device) -> SDXLConditioner:
+    def to(self, device: torch.device) -> CLIPConditioner:
         """Where prompts are encoded from now on."""
         self.device = torch.device(device)
         if self._encoders is not None:
@@ -75,13 +68,13 @@ class SDXLConditioner:
         self._encoders = None
 
     def _place(self, encoders: TextEncoders) -> TextEncoders:
-        for model in (encoders.clip_l, encoders.clip_g):
+        for model in encoders:
             model.eval().requires_grad_(False).to(self.device)
         return encoders
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text [B, 77 * n, 2048], pooled [B, 1280], time ids [B, 6]; n is the least common multiple of the prompts'
+        """Text [B, 77 * n, width] and what the generation reads besides; n is the least common multiple of the prompts'
         numbers of chunks (see ``equally_long``). Prompts are cut after ``max_tokens``. ValueError for what is no text.
         """
         require_text(prompts)
@@ -108,25 +101,46 @@ class SDXLConditioner:
 
     def _encode(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """All chunks in one batch."""
-        first_ids, second_ids = (_token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
+        token_ids = [_token_ids(tokenizer, prompts) for tokenizer in self.tokenizers]
         most = self.max_tokens // CHUNK_TOKENS
-        counts = [min(_chunk_count(len(ids)), most) for ids in first_ids]
+        counts = [min(_chunk_count(len(ids)), most) for ids in token_ids[0]]
+        outputs = []
+        for tokenizer, model, all_ids in zip(self.tokenizers, encoders, token_ids, strict=True):
+            windows = [_window(tokenizer, ids, k) for ids, n in zip(all_ids, counts, strict=True) for k in range(n)]
+            outputs.append(model(torch.tensor(windows, device=self.device), output_hidden_states=True))
+        return Conditioning.cat(self._prompts(outputs, counts))
 
-        def run(
-            tokenizer: CLIPTokenizer, model: CLIPTextModel | CLIPTextModelWithProjection, token_ids: list[list[int]]
-        ) -> Any:
-            windows = [_window(tokenizer, ids, k) for ids, n in zip(token_ids, counts, strict=True) for k in range(n)]
-            return model(torch.tensor(windows, device=self.device), output_hidden_states=True)
+    @abstractmethod
+    def _prompts(self, outputs: list[Any], counts: list[int]) -> list[Conditioning]:
+        """What each prompt becomes.
 
-        first = run(self.tokenizers[0], encoders.clip_l, first_ids)
-        second = run(self.tokenizers[1], encoders.clip_g, second_ids)
-        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        outputs: of each encoder, for all windows; counts: how many of these each prompt has
+        """
+
+
+class SDConditioner(CLIPConditioner):
+    """SD 1.x and 2.x: ``text``, the last hidden states of the one encoder, through its last norm."""
+
+    def _prompts(self, outputs: list[Any], counts: list[int]) -> list[Conditioning]:
+        return [Conditioning(text=_joined(text)) for text in outputs[0].last_hidden_state.split(counts)]
+
+
+class SDXLConditioner(CLIPConditioner):
+    """SDXL: ``text`` [B, tokens, 2048], penultimate hidden states of both encoders side by side; ``pooled`` [B, 1280],
+    the second's vector for the first chunk; ``time_ids`` [B, 6], the size of the picture.
+    """
+
+    def _prompts(self, outputs: list[Any], counts: list[int]) -> list[Conditioning]:
+        text = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         height, width = map(float, self.image_size)
         time_ids = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)
-        rows = zip(text.split(counts), second.text_embeds.split(counts), strict=True)
-        return Conditioning.cat(
-            [Conditioning(text=t.flatten(0, 1)[None], pooled=p[:1], time_ids=time_ids) for t, p in rows]
-        )
+        rows = zip(text.split(counts), outputs[-1].text_embeds.split(counts), strict=True)
+        return [Conditioning(text=_joined(t), pooled=p[:1], time_ids=time_ids) for t, p in rows]
+
+
+def _joined(windows: Tensor) -> Tensor:
+    """Hidden states [windows, 77, width] of a prompt, one after another: [1, windows * 77, width]."""
+    return windows.flatten(0, 1)[None]
 
 
 def require_text(prompts: Sequence[str]) -> None:
@@ -155,10 +169,11 @@ def _window(tokenizer: CLIPTokenizer, ids: list[int], number: int) -> list[int]:
     return [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding]
 
 
-def sdxl_tokenizers() -> Tokenizers:
-    """The tokenizers of CLIP-L (pads with the end token) and OpenCLIP bigG (pads with "!", token 0), without a network.
+def clip_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The tokenizers of OpenAI's CLIP (pads with the end token) and OpenCLIP (pads with "!", token 0).
 
-    Their vocabulary is the one that the package open-clip-torch ships; ValueError if it is not installed.
+    Nothing is downloaded: their vocabulary is the one that the package open-clip-torch ships; ValueError if it is not
+    installed.
     """
     package = importlib.util.find_spec("open_clip")  # found, not imported: it is large
     if package is None or not package.submodule_search_locations:

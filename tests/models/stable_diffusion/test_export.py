@@ -26,7 +26,7 @@ from sid_train.models.families import export_generator, load_generator, open_gen
 from sid_train.models.family import ExportOptions, Generator, merge_lora
 from sid_train.models.stable_diffusion.export import convert_unet, open_network
 from sid_train.models.stable_diffusion.lora import extract_lora, kohya_modules, with_one_alpha
-from sid_train.models.stable_diffusion.parts import open_sdxl
+from sid_train.models.stable_diffusion.parts import open_parts
 from sid_train.sample import sample_images
 
 SIZE = 64
@@ -63,7 +63,7 @@ def random_adapter(parts, rank: int = 4) -> Adapter:
 @pytest.fixture(scope="module")
 def distilled(teacher) -> Generator:
     """A generator that is a LoRA over its teacher."""
-    parts = open_sdxl(teacher)
+    parts = open_parts(teacher)
     return Generator(parts, RECIPE, parts.tensors, random_adapter(parts))
 
 
@@ -129,7 +129,7 @@ def test_diffusers_reads_the_lora(distilled, tmp_path):
 
 def test_diffusers_reads_a_lora_of_different_ranks(teacher, tmp_path):
     """It finds the ranks of attention in the file, but not alphas that differ."""
-    parts = open_sdxl(teacher)
+    parts = open_parts(teacher)
     adapter = {}
     for number, (module, (down, up, _)) in enumerate(random_adapter(parts, rank=8).items()):
         rank = 1 + number % 8
@@ -175,7 +175,7 @@ def test_markers_of_v_prediction_and_zero_terminal_snr(distilled, tmp_path):
     for format_ in ("unet", "checkpoint"):
         export(replace(distilled, recipe=recipe), path, format_, "fp16")
         assert {name for name in open_tensors(path) if "." not in name} == {"v_pred", "ztsnr"}
-        assert open_sdxl(str(path)).prediction_type == "v_prediction"
+        assert open_parts(str(path)).prediction_type == "v_prediction"
 
 
 def test_fp8_keeps_norms_and_biases_in_fp16(distilled, tmp_path):
@@ -211,7 +211,7 @@ class TestExtraction:
         assert report[0] == f"{len(adapter)} modules, rank 4 to 4"
 
     def test_error_falls_with_rank_and_is_what_is_reported(self, other, teacher):
-        unet, base = open_sdxl(other).tensors, open_sdxl(teacher).tensors
+        unet, base = open_parts(other).tensors, open_parts(teacher).tensors
         errors = []
         for options in ({"rank": 2}, {"rank": 16}, {"energy": 0.9}, {"energy": 1.0}):
             adapter, report = extract_lora(unet, base, **options)
@@ -229,17 +229,17 @@ class TestExtraction:
 
     def test_through_the_file(self, other, teacher, tmp_path):
         source, path = tmp_path / "full.safetensors", tmp_path / "lora.safetensors"
-        parts = open_sdxl(other)
+        parts = open_parts(other)
         export(Generator(parts, RECIPE, parts.tensors), source, "unet", "fp32")
         generator = open_generator(str(source))
         with pytest.raises(ValueError, match="--base"):
             export(generator, path, "lora", "fp16", rank=8)
-        report = export(generator, path, "lora", "fp16", rank=8, base=open_sdxl(teacher))
+        report = export(generator, path, "lora", "fp16", rank=8, base=open_parts(teacher))
         assert "rank 4 to 8" in report[0]  # the last convolution has 4 channels
         assert len(parts.read_lora(path)) > 50
 
     def test_nothing_to_extract(self, teacher):
-        unet = open_sdxl(teacher).tensors
+        unet = open_parts(teacher).tensors
         with pytest.raises(ValueError, match="nothing to extract"):
             extract_lora(unet, unet, rank=4)
         with pytest.raises(ValueError, match=r"--rank .* or --energy"):
@@ -249,7 +249,7 @@ class TestExtraction:
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
 def test_convert_gives_a_unet_its_recipe(teacher, tmp_path, layout):
     source, path = tmp_path / f"dmd2-{layout}.safetensors", tmp_path / "converted.safetensors"
-    parts = open_sdxl(teacher)
+    parts = open_parts(teacher)
     if layout == "diffusers":
         save_file({k: t.load().half() for k, t in parts.tensors.items()}, source)
     else:

@@ -20,7 +20,8 @@ from sid_train.data.config import DataConfig
 from sid_train.data.rows import load_prompt_table
 from sid_train.files.tensors import LazyTensor
 from sid_train.models.families import load_model, open_model
-from sid_train.models.stable_diffusion.networks import build_clip_g, build_clip_l, read_unet, read_vae
+from sid_train.models.stable_diffusion.kinds import SDXL_KIND
+from sid_train.models.stable_diffusion.networks import build_text, read_unet, read_vae
 from sid_train.models.stable_diffusion.parts import HUB_FILES
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
@@ -63,8 +64,8 @@ def test_every_weight_is_that_of_the_pipeline(source, pipeline):
     for ours, theirs in (
         (bundle.denoiser.unet, pipeline.unet),
         (bundle.codec.vae, pipeline.vae),
-        (encoders.clip_l, pipeline.text_encoder),
-        (encoders.clip_g, pipeline.text_encoder_2),
+        (encoders[0], pipeline.text_encoder),
+        (encoders[1], pipeline.text_encoder_2),
     ):
         state, expected = ours.state_dict(), theirs.state_dict()
         assert state.keys() == expected.keys()
@@ -151,14 +152,17 @@ def test_unet_without_text_encoders_says_so_when_they_are_needed(file, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if "label_emb" not in k}, "label_emb.* .*SD 1.5"),
+        (
+            lambda t: {k: torch.zeros(64, 2048) if "attn2" in k else v for k, v in t.items() if "label_emb" not in k},
+            "label_emb.* .*got a UNet without them",
+        ),
         (
             lambda t: {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)},
             "expected tensors such as input_blocks.0.0.weight",
         ),
         (
             lambda t: t | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)},
-            "expected 4 input channels, as SDXL has, got 9",
+            "expected 4 input channels, as SD 1.x, 2.x and SDXL have, got 9",
         ),
     ],
 )
@@ -176,8 +180,8 @@ CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.
 READERS = {
     UNET: lambda tensors: read_unet(tensors, "x.safetensors", UNET),
     VAE: lambda tensors: read_vae(tensors, "x.safetensors", VAE),
-    CLIP_L: lambda tensors: build_clip_l(tensors, None, "x.safetensors", CLIP_L),
-    CLIP_G: lambda tensors: build_clip_g(tensors, None, "x.safetensors", CLIP_G),
+    CLIP_L: lambda tensors: build_text(SDXL_KIND.encoders[0], tensors, None, "x.safetensors", CLIP_L),
+    CLIP_G: lambda tensors: build_text(SDXL_KIND.encoders[1], tensors, None, "x.safetensors", CLIP_G),
 }
 ONE_TENSOR = {
     UNET: "middle_block.1.norm.weight",
@@ -370,14 +374,14 @@ def test_the_fp16_variant_is_read_whole(changed, pipeline):
                 f / "unet/diffusion_pytorch_model.safetensors",
                 lambda t: t | {"conv_in.weight": torch.zeros(64, 9, 3, 3)},
             ),
-            "diffusion_pytorch_model.safetensors: .*expected 4 input channels, as SDXL has, got 9",
+            "diffusion_pytorch_model.safetensors: .*expected 4 input channels, as SD 1.x, 2.x and SDXL have, got 9",
         ),
         (
             lambda f: set_tensors(
                 f / "unet/diffusion_pytorch_model.safetensors",
                 lambda t: {k: v for k, v in t.items() if "add_embedding" not in k},
             ),
-            r"got a UNet without them \(SD 1.5",
+            r"unet/config.json: addition_embed_type: expected None with such tensors, got text_time",
         ),
     ],
 )
@@ -414,7 +418,7 @@ def test_text_encoders_are_loaded_once_and_freed_before_training(file, tmp_path)
 
     def counted():
         loaded = load()
-        encoders.append(weakref.ref(loaded.clip_g))
+        encoders.append(weakref.ref(loaded[1]))
         return loaded
 
     bundle.conditioner._load = counted

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_sdxl import small_pipeline
 
-from sid_train.models.stable_diffusion.text import SDXLConditioner, TextEncoders, sdxl_tokenizers
+from sid_train.models.stable_diffusion.text import SDXLConditioner, clip_tokenizers
 
 SHORT = ["a lighthouse at dawn, 35mm", "", "word " * 75, "Ünïcode, a cat's 3 hats!"]
 
@@ -16,12 +16,12 @@ SHORT = ["a lighthouse at dawn, 35mm", "", "word " * 75, "Ünïcode, a cat's 3 h
 @pytest.fixture(scope="module")
 def encoders():
     pipeline = small_pipeline()
-    return TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2)
+    return pipeline.text_encoder, pipeline.text_encoder_2
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return sdxl_tokenizers()
+    return clip_tokenizers()
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def conditioner(encoders, tokenizers):
 def test_a_batch_of_short_prompts_is_one_window_each_bit_for_bit(conditioner, encoders, tokenizers):
     """What caches and runs hold that are older than chunks."""
     found = []
-    for tokenizer, model in zip(tokenizers, (encoders.clip_l, encoders.clip_g), strict=True):
+    for tokenizer, model in zip(tokenizers, encoders, strict=True):
         tokens = tokenizer(SHORT, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         found.append(model(tokens.input_ids, output_hidden_states=True))
     cond = conditioner.encode(SHORT)

@@ -1,0 +1,123 @@
+"""In what the generations of Stable Diffusion differ: a ``Kind`` each. Everything else here is the same for all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ...core.architectures import SD1, SD2, SDXL, Architecture
+from .keys import VAE, Shapes
+from .text import CLIPConditioner, SDConditioner, SDXLConditioner
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One of the text encoders of a model.
+
+    people: what people call it
+    prefixes: of its tensors in single files, without ``text_model.``; the first is the one that is written
+    folder, tokenizer: where a diffusers folder has it and its tokenizer
+    is_open_clip: single files have OpenCLIP's names, and prompts are padded with "!" instead of the end token
+    activation: as transformers names it
+    has_projection: whether the vector of the whole prompt is read
+    layers: so many of them are read in single files; 0 is all. diffusers' folders leave out the others
+    """
+
+    people: str
+    prefixes: tuple[str, ...]
+    folder: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    is_open_clip: bool = False
+    activation: str = "gelu"
+    has_projection: bool = False
+    layers: int = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One generation.
+
+    encoders: the text encoders, in the order in which their hidden states are put side by side
+    conditioner: what makes of their outputs what the UNet reads
+    scaling_factor: of the VAE's latents, to about unit variance
+    known_as: how names of its models begin that are not here to be read
+    rest: of all tensors in single files but the UNet's, the prefixes: of the text encoders, and of the VAE
+    has_markers: ComfyUI knows v-prediction and a zero-terminal-SNR schedule of its files by ``keys.MARKERS``
+    """
+
+    architecture: Architecture
+    encoders: tuple[TextEncoder, ...]
+    conditioner: type[CLIPConditioner]
+    scaling_factor: float
+    known_as: re.Pattern[str]
+    rest: tuple[tuple[str, ...], ...]
+    has_markers: bool = False
+
+    def resolution(self, prediction_type: str) -> int:
+        """Of the square pictures that it makes, in pixels."""
+        is_v = prediction_type == "v_prediction"
+        return self.architecture.resolution_v if is_v else self.architecture.resolution
+
+
+SDXL_KIND = Kind(
+    SDXL,
+    (
+        TextEncoder("CLIP-L", ("conditioner.embedders.0.transformer.",), activation="quick_gelu"),
+        TextEncoder(
+            "OpenCLIP bigG",
+            ("conditioner.embedders.1.model.",),
+            "text_encoder_2",
+            "tokenizer_2",
+            is_open_clip=True,
+            has_projection=True,
+        ),
+    ),
+    SDXLConditioner,
+    0.13025,
+    re.compile(r"sd_?xl|stable-diffusion-xl", re.IGNORECASE),
+    (("conditioner.",), (VAE,)),
+    has_markers=True,
+)
+SD1_KIND = Kind(
+    SD1,
+    (TextEncoder("CLIP-L", ("cond_stage_model.transformer.",), activation="quick_gelu"),),
+    SDConditioner,
+    0.18215,
+    re.compile(r"stable-diffusion-v?1|sd[-_]?v?1|v1-[45]", re.IGNORECASE),
+    (("cond_stage_model.",), (VAE,)),
+)
+SD2_KIND = Kind(
+    SD2,
+    (
+        TextEncoder(
+            "OpenCLIP H",
+            ("cond_stage_model.model.", "conditioner.embedders.0.model."),  # the second in files of Stability's sgm
+            is_open_clip=True,
+            layers=23,
+        ),
+    ),
+    SDConditioner,
+    0.18215,
+    re.compile(r"stable-diffusion-v?2|sd[-_]?v?2|v2-[01]|sd[-_]turbo", re.IGNORECASE),
+    (("cond_stage_model.", "conditioner."), (VAE,)),
+)
+KINDS = (SD1_KIND, SD2_KIND, SDXL_KIND)
+
+
+def kind_named(architecture: str) -> Kind:
+    """That of an architecture's name, one of ``architectures``."""
+    return next(kind for kind in KINDS if kind.architecture.name == architecture)
+
+
+def kind_of_unet(shapes: Shapes) -> Kind:
+    """That of a UNet's tensors in either layout, by what ComfyUI tells them by, too."""
+    if any(name.startswith(("label_emb.", "add_embedding.")) for name in shapes):
+        return SDXL_KIND
+    projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
+    return SD2_KIND if len(projection) == 2 else SD1_KIND
+
+
+def kind_of_name(source: str) -> Kind:
+    """That of a model that is not here, by its name: a hub id's last part or a file's name. SDXL where it says none."""
+    name = re.split(r"[/\\]", source)[-1]
+    return next((kind for kind in KINDS if kind.known_as.match(name)), SDXL_KIND)
