@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -46,19 +46,23 @@ def text_config(activation: str, eos: int) -> CLIPTextConfig:
     )
 
 
+def small_vae(scaling_factor: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=scaling_factor,
+    )
+
+
 def small_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet: object) -> StableDiffusionXLPipeline:
     """``unet``: what is other than in ``UNET_CONFIG``."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = clip_tokenizers()
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(32, 32, 32, 64),
-            layers_per_block=1,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            scaling_factor=0.13025,
-        ),
+        vae=small_vae(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(text_config("quick_gelu", 49407)),
         text_encoder_2=CLIPTextModelWithProjection(text_config("gelu", 49407)),
         tokenizer=tokenizer,
@@ -70,14 +74,20 @@ def small_pipeline(seed: int = 0, prediction_type: str = "epsilon", **unet: obje
     )
 
 
-def save_single_file(path: Path, pipeline: StableDiffusionXLPipeline, dtype: torch.dtype = torch.float32) -> Path:
-    """The pipeline as SDXL's single files are: ldm names."""
+def unet_and_vae_tensors(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+    """With the names of single files, whatever the generation."""
     unet, vae = pipeline.unet.state_dict(), pipeline.vae.state_dict()
     tensors = {
         f"model.diffusion_model.{n}": unet[k] for k, n in rename(unet, unet_modules(pipeline.unet.config)).items()
     }
     for k, name in rename(vae, vae_modules(vae)).items():
         tensors[f"first_stage_model.{name}"] = vae[k][..., None, None] if is_vae_attention(name) else vae[k]
+    return tensors
+
+
+def save_single_file(path: Path, pipeline: StableDiffusionXLPipeline, dtype: torch.dtype = torch.float32) -> Path:
+    """The pipeline as SDXL's single files are: ldm names."""
+    tensors = unet_and_vae_tensors(pipeline)
     for name, tensor in pipeline.text_encoder.state_dict().items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
     second = to_open_clip(pipeline.text_encoder_2.state_dict())

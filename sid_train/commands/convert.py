@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.architectures import STABLE_DIFFUSION
 from ..core.published import GUESSED_T_INIT, preset_of_name, recipe_of_name
 from ..core.recipe import PRESETS, SiDRecipe
 from ..core.timesteps import DEFAULT_T_INIT, LADDERS, timestep_ladder
@@ -26,18 +27,20 @@ def convert(
     if out.suffix != ".safetensors":
         raise ValueError(f"{shown(out)}: expected a name that ends in .safetensors")
     if format_ == "checkpoint" and base is None:
-        raise ValueError("--base: expected the SDXL model with text encoders and VAE for --format checkpoint")
+        raise ValueError("--base: expected the model with text encoders and VAE for --format checkpoint")
     if format_ != "checkpoint" and base is not None:
         raise ValueError(f"--base: the format {format_} has no text encoders and no VAE: give --format checkpoint")
     refuse_to_overwrite(out, [file])
     chosen, notes = choose_recipe(file, recipe, steps, t_init)
     parts = open_network(file)
+    architecture = STABLE_DIFFUSION[parts.architecture]
+    notes.append(f"a UNet of {architecture.people}, by its tensors")
     chosen = replace(
         chosen,
         prediction_type=parts.prediction_type,
         zero_terminal_snr=parts.zero_terminal_snr,
         title=shown(file.stem),
-    )
+    ).for_architecture(architecture)
     print("\n".join([f"{shown(file)}: {len(parts.tensors):,} tensors", *notes, "", chosen.describe()]), flush=True)
     convert_unet(parts, out, chosen, dtype, base)
     print(f"\n{shown(out)}")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 
+from .architectures import SD1, SD2, SDXL
 from .recipe import PRESETS, SiDRecipe, TrainingGuidance
 from .timesteps import DEFAULT_T_INIT, MAX_SID_STEPS, timestep_ladder
 
 OF_THE_AUTHORS = re.compile(r"(SiDA?|SiD2A)_(SDXL|SD15|SD21)_|batch\d+_(sd21_)?cfg", re.IGNORECASE)
+# What a name says of the generation: the first that is found in it. SiD-LSG's names say it of SD 2.1 alone.
+GENERATIONS = ((r"SDXL_", SDXL), (r"sd21_", SD2), (r"SD15_|batch\d+_cfg", SD1))
 STEPS = re.compile(r"(?<!\d)(\d{1,2})step", re.IGNORECASE)
 T_INIT = re.compile(r"(?<![a-z])t(\d{3})(?!\d)", re.IGNORECASE)
 # Three scales without anything between them: of the fake score while it learns, of the fake score, of the teacher.
@@ -26,6 +29,7 @@ def recipe_of_name(stem: str) -> tuple[SiDRecipe, list[str]] | None:
     """
     if not OF_THE_AUTHORS.match(stem):
         return None
+    architecture = next(known for pattern, known in GENERATIONS if re.search(pattern, stem, re.IGNORECASE))
     notes = []
     found = STEPS.search(stem)
     steps = int(found[1]) if found else 1
@@ -45,7 +49,7 @@ def recipe_of_name(stem: str) -> tuple[SiDRecipe, list[str]] | None:
         summary["thousands of images"] = found[1]
     timesteps = tuple(timestep_ladder(steps, t_init))
     recipe = SiDRecipe(timesteps=timesteps, t_init=t_init, guidance=guidance, training_summary=summary)
-    return recipe, notes
+    return recipe.for_architecture(architecture), notes
 
 
 GUESSED_T_INIT = (
@@ -71,17 +75,17 @@ def guidance_of(fake_train: float, fake_eval: float, teacher: float) -> Training
 # -- other families ------------------------------------------------------------------------------------------------
 
 # Names of published files, with underscores for all separators, and what presets of theirs are called. The number of
-# steps is a group, where it is said.
+# steps is a group, where it is said. The same rules hold for all generations that a family has files for.
 FAMILIES = (
     (r"dmd2?_sdxl_(\d+)steps?", "DMD2"),
     (r"(?:\w+_)?(?:sdxl|xl)_lightning_(\d+)steps?(?!_x0)", "Lightning"),
-    (r"hyper_sdxl_([248])steps?(?!_cfg)", "Hyper-SD"),
+    (r"hyper_sd(?:xl|15)_([248])steps?(?!_cfg)", "Hyper-SD"),
     (r"hyper_sdxl_(1)step_unet", "Hyper-SD"),
-    (r"pcm_sdxl_(?:small|normal)cfg_(\d+)steps?", "PCM"),
-    (r"(?:lcm_(?:lora_)?sd_?xl|sd_?xl_lcm)(?:_(\d+)steps?)?", "LCM"),
-    (r"(?:tcd_sd_?xl|sd_?xl_tcd)(?:_(\d+)steps?)?", "TCD"),
-    (r"sd_?xl_turbo(?:_(\d+)steps?)?", "Turbo"),
-    (r"flash_sd_?xl(?:_(\d+)steps?)?", "Flash"),
+    (r"pcm_sd(?:xl|15)_(?:small|normal)cfg_(\d+)steps?", "PCM"),
+    (r"(?:lcm_(?:lora_)?(?:ssd_1b|sd(?:_?xl|v?1_?5))|sd_?xl_lcm)(?:_(\d+)steps?)?", "LCM"),
+    (r"(?:tcd_sd(?:_?xl|15|21_base)|sd_?xl_tcd)(?:_(\d+)steps?)?", "TCD"),
+    (r"sd(?:_?xl)?_turbo(?:_(\d+)steps?)?", "Turbo"),
+    (r"flash_sd(?:_?xl)?(?:_(\d+)steps?)?", "Flash"),
 )
 
 

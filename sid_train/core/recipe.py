@@ -17,7 +17,7 @@ import torch
 
 from ..files.header import read_safetensors_metadata
 from ..files.reading import shown
-from .architectures import SDXL, STABLE_DIFFUSION
+from .architectures import SDXL, STABLE_DIFFUSION, Architecture
 from .noise_schedule import PREDICTION_TYPES, VPSchedule
 from .sampling import DEFAULT_GAMMA, NOISE_MODES, SID_NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, LADDERS, MAX_SID_STEPS, check_timesteps, ladder_timesteps, timestep_ladder
@@ -150,6 +150,14 @@ class SiDRecipe:
         if steps is None or steps == self.steps:
             return list(self.timesteps)
         return ladder_timesteps(self.ladder, steps, self.t_init)
+
+    def for_architecture(self, architecture: Architecture) -> SiDRecipe:
+        """The same chain for a generator of another architecture, of which nothing else is known."""
+        if architecture.name == self.architecture:
+            return self
+        size = architecture.resolution_v if self.prediction_type == "v_prediction" else architecture.resolution
+        facts: dict[str, Any] = {"architecture": architecture.name, "base_model": architecture.base_model}
+        return replace(self, training_resolution=(size, size), **facts)
 
     @property
     def format_version(self) -> int:
@@ -337,6 +345,7 @@ PRESETS: dict[str, SiDRecipe] = {
     "SiD 999 (1 step)": _preset((999,), ladder="sid"),
     "DMD2 (4 steps)": _preset((999, 749, 499, 249), unit_variance_start=True),
     "DMD2 (1 step)": _preset((399,), unit_variance_start=True),
+    "DMD2 SD 1.5 (1 step)": _preset((999,), unit_variance_start=True),
     "LCM (4 steps)": _of_ladder("consistency", 4, unit_variance_start=True),
     "LCM (8 steps)": _of_ladder("consistency", 8, unit_variance_start=True),
     "Lightning (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim"),

@@ -1,4 +1,4 @@
-"""diffusers' UNets of SDXL's class behind the contract of ``Denoiser``."""
+"""diffusers' UNets of the classes of SD 1.x, 2.x and SDXL behind the contract of ``Denoiser``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..core.noise_schedule import NoiseSchedule
 from .conditioning import Conditioning
 from .denoiser import Denoiser
 
-# Nearly all of SDXL's weights are in these. Gradient checkpointing computes them again one by one, and sharding gathers
-# and frees them so; the rest is gathered with the whole network.
+# Nearly all weights are in these. Gradient checkpointing computes them again one by one, and sharding gathers and frees
+# them so; the rest is gathered with the whole network.
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -56,7 +56,9 @@ class UNetDenoiser(Denoiser):
         return self.schedule.to_x0(prediction, x, sigma)
 
     def logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """The mid block's output, averaged over its channels: the UNet's first half, up to and including that block."""
+        """The mid block's output, averaged over its channels: the UNet's first half, up to and including that block. A
+        UNet may have none (KOALA-700M): then it is the output of the last block on the way down.
+        """
         sample, timestep, text, added = self._inputs(x, sigma, cond)
         unet = self.unet
         emb = unet.time_embedding(unet.get_time_embed(sample, timestep))
@@ -68,16 +70,22 @@ class UNetDenoiser(Denoiser):
                 sample, _ = block(hidden_states=sample, temb=emb, encoder_hidden_states=text)
             else:
                 sample, _ = block(hidden_states=sample, temb=emb)
-        return _channel_mean(unet.mid_block(sample, emb, encoder_hidden_states=text))
+        if getattr(unet.mid_block, "has_cross_attention", False):
+            sample = unet.mid_block(sample, emb, encoder_hidden_states=text)
+        elif unet.mid_block is not None:
+            sample = unet.mid_block(sample, emb)
+        return _channel_mean(sample)
 
     def denoise_with_logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        mid: list[Tensor] = []
-        handle = self.unet.mid_block.register_forward_hook(lambda module, args, result: mid.append(result))
+        results: list[Any] = []
+        deepest = self.unet.down_blocks[-1] if self.unet.mid_block is None else self.unet.mid_block
+        handle = deepest.register_forward_hook(lambda module, args, result: results.append(result))
         try:
             x0 = self.denoise(x, sigma, cond)
         finally:
             handle.remove()
-        return x0, _channel_mean(mid[0])
+        (features,) = results
+        return x0, _channel_mean(features if isinstance(features, Tensor) else features[0])  # with what skips it
 
     def _inputs(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         dtype = self.unet.conv_in.weight.dtype  # unet.dtype is that of an adapter, where there is one

@@ -113,7 +113,7 @@ def test_a_state_dictionary_in_ldm_names(folder, pipeline, tmp_path, ending):
         ("model.pkl", ("--steps", 9), "steps: expected 1 to 8, got 9"),
         ("model.pkl", ("--steps", 4, "--t-init", 1000), "t_init: expected 4"),
         ("model.pkl", ("--steps", 4, "--base", "x"), "--base: the format unet has no text encoders"),
-        ("model.pkl", ("--steps", 4, "--format", "checkpoint"), "--base: expected the SDXL model"),
+        ("model.pkl", ("--steps", 4, "--format", "checkpoint"), "--base: expected the model with text encoders"),
     ],
 )
 def test_mistakes(folder, tmp_path, name, options, message, capsys):

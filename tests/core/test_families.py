@@ -27,7 +27,7 @@ OTHERS = [name for name in PRESETS if not name.startswith("SiD")]
 
 def scheduler_of(name: str) -> Any:
     """As the publisher's page sets it up."""
-    family = name.partition(" (")[0]
+    family = name.partition(" ")[0]
     if family in ("LCM", "Flash", "DMD2") or name == "Hyper-SD (1 step)":
         return LCMScheduler(**SDXL)
     if family == "TCD":

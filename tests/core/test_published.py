@@ -2,32 +2,35 @@
 
 import pytest
 
+from sid_train.core.architectures import SD1, SD2, SDXL
 from sid_train.core.published import preset_of_name, recipe_of_name
 from sid_train.core.recipe import PRESETS
 
 
 @pytest.mark.parametrize(
-    ("name", "timesteps", "strategy", "scales", "images"),
+    ("architecture", "name", "timesteps", "strategy", "scales", "images"),
     [
-        ("SiD_SDXL_4.54.54.5_AMPfp16_StepWise_4step_004421", (625, 468, 312, 156), "lsg", (4.5,) * 3, "4421"),
-        ("SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452", (625, 312), "zero-cfg", (0, 0, 1), "2452"),
+        (SDXL, "SiD_SDXL_4.54.54.5_AMPfp16_StepWise_4step_004421", (625, 468, 312, 156), "lsg", (4.5,) * 3, "4421"),
+        (SDXL, "SiDA_SDXL_001_lrg0.5_batch256_joint2step_002452", (625, 312), "zero-cfg", (0, 0, 1), "2452"),
         (
+            SD1,
             "SiDA_SD15_001_1_ls1_lsd10_lsggan0.001_NoEMA_joint8step_001000",
             (625, 546, 468, 390, 312, 234, 156, 78),
             "zero-cfg",
             (0, 0, 1),
             "1000",
         ),
-        ("batch512_cfg1.51.51.5_t625_8806_v2", (625,), "lsg", (1.5,) * 3, "8806"),
-        ("batch512_cfg4.54.54.5_t625_8380_v2", (625,), "lsg", (4.5,) * 3, "8380"),
-        ("batch512_cfg222_t625_12345", (625,), "lsg", (2,) * 3, "12345"),
-        ("SiDA_SDXL_002_100_t625_4step_123", (625, 468, 312, 156), "none", (1,) * 3, "123"),
-        ("batch512_sd21_cfg1.51.51.5_t625_9999_v2", (625,), "lsg", (1.5,) * 3, "9999"),
+        (SD1, "batch512_cfg1.51.51.5_t625_8806_v2", (625,), "lsg", (1.5,) * 3, "8806"),
+        (SD1, "batch512_cfg4.54.54.5_t625_8380_v2", (625,), "lsg", (4.5,) * 3, "8380"),
+        (SD1, "batch512_cfg222_t625_12345", (625,), "lsg", (2,) * 3, "12345"),
+        (SDXL, "SiDA_SDXL_002_100_t625_4step_123", (625, 468, 312, 156), "none", (1,) * 3, "123"),
+        (SD2, "batch512_sd21_cfg1.51.51.5_t625_9999_v2", (625,), "lsg", (1.5,) * 3, "9999"),
     ],
 )
-def test_what_the_name_says(name, timesteps, strategy, scales, images):
+def test_what_the_name_says(architecture, name, timesteps, strategy, scales, images):
     recipe, notes = recipe_of_name(name)
     guidance = recipe.guidance
+    assert recipe.architecture == architecture.name
     assert recipe.timesteps == timesteps
     assert (guidance.strategy, guidance.fake_train, guidance.fake_eval, guidance.teacher) == (strategy, *scales)
     assert recipe.training_summary["thousands of images"] == images
@@ -72,6 +75,15 @@ def test_a_name_without_guidance_says_none():
         ("sdxl_lcm_8step", "LCM (8 steps)"),
         ("Hyper-SDXL-8steps-lora", "Hyper-SD (8 steps)"),
         ("Hyper-SDXL-2steps-lora", "Hyper-SD (2 steps)"),
+        ("Hyper-SD15-8steps-lora", "Hyper-SD (8 steps)"),
+        ("lcm-lora-sdv1-5", "LCM (4 steps)"),
+        ("lcm-lora-ssd-1b", "LCM (4 steps)"),
+        ("LCM_LoRA_SDv15", "LCM (4 steps)"),
+        ("tcd-sd15-lora", "TCD (4 steps)"),
+        ("TCD-SD21-base-LoRA", "TCD (4 steps)"),
+        ("pcm_sd15_smallcfg_2step_converted", "PCM (2 steps)"),
+        ("sd_turbo", "Turbo (4 steps)"),
+        ("flash-sd", "Flash (4 steps)"),
         ("Hyper-SDXL-1step-Unet-Comfyui.fp16", "Hyper-SD (1 step)"),
         ("lcm-lora-sdxl", "LCM (4 steps)"),
         ("LCM_SDXL", "LCM (4 steps)"),
@@ -102,6 +114,9 @@ def test_presets_of_published_names(name, preset):
         "Hyper-SDXL-8steps-CFG-lora",  # for CFG 5 to 8
         "Hyper-SDXL-12steps-CFG-lora",
         "Hyper-SDXL-1step-lora",
+        "Hyper-SD15-1step-lora",
+        "Hyper-SD15-12steps-CFG-lora",
+        "flash-sd3",
         "dmd2_sdxl_3step",
         "sd_xl_base_1.0",
         "pytorch_lora_weights",

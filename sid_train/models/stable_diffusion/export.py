@@ -203,6 +203,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
             rescale_betas_zero_snr=recipe.zero_terminal_snr,
             timestep_spacing="trailing",
             clip_sample=False,
+            steps_offset=0 if parts.kind is SDXL_KIND else 1,  # with such a spacing nothing reads it
         ),
     )
     with replacing_folder(path) as folder:

@@ -121,6 +121,37 @@ def test_denoiser_equals_diffusers_prediction(source, pipeline):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+SMALLER = {  # in what these differ from SDXL, at the size of a test
+    "SSD-1B": {
+        "mid_block_type": "UNetMidBlock2D",
+        "reverse_transformer_layers_per_block": [[2, 3], [2, 1], 1],
+    },
+    "Vega": {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": (1, 1, 2)},
+    "KOALA-700M": {"mid_block_type": None},
+    "KOALA-1B": {"transformer_layers_per_block": (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_smaller_relatives_are_teachers(name, tmp_path):
+    """The network and its discriminator, from a file and from a folder."""
+    pipeline = small_pipeline(**SMALLER[name])
+    pipeline.save_pretrained(tmp_path / "folder")
+    rng = torch.Generator().manual_seed(0)
+    for source in (save_single_file(tmp_path / "file.safetensors", pipeline), tmp_path / "folder"):
+        bundle = load_model(str(source), resolution=SIZE)
+        state = bundle.denoiser.unet.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
+        cond, x = bundle.conditioner.encode(["a cat"]), torch.randn(1, *bundle.latent_shape, generator=rng)
+        with torch.no_grad():
+            x0, together = bundle.denoiser.denoise_with_logits(x, torch.ones(1), cond)
+            assert torch.equal(bundle.denoiser.logits(x, torch.ones(1), cond), together)
+            added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+            t = bundle.denoiser.schedule.timestep(torch.ones(1))
+            eps = pipeline.unet(x / 2**0.5, t, cond.text, added_cond_kwargs=added).sample
+        torch.testing.assert_close(x0, x - eps, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_file(pipeline, tmp_path, dtype):
     path = save_single_file(tmp_path / "half.safetensors", pipeline, dtype)
