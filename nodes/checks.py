@@ -14,12 +14,11 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..sid_train.core.architectures import SDXL, STABLE_DIFFUSION, Architecture
 from ..sid_train.core.recipe import SiDRecipe
 from ..sid_train.files.reading import half_character, shown
 from ..sid_train.method.guidance import GuidanceStrategy
 
-# What SDXL's text encoders make: CLIP-L and OpenCLIP bigG side by side, and bigG's pooled vector.
-TEXT_WIDTH, POOLED_WIDTH = 2048, 1280
 # ComfyUI draws the noise of all images before the one that is asked for: so many of any size, and so many figures.
 MAX_PLACES, MAX_FIGURES = 1 << 16, 1 << 29
 MAX_ERROR = 2000  # characters
@@ -124,8 +123,10 @@ def check_model_patcher(name: str, value: Any, declared: Any) -> None:
 
 
 def check_conditioning(name: str, value: Any, declared: Any) -> None:
-    """ValueError unless CONDITIONING was made by SDXL's two text encoders."""
-    cure = "Connect CLIP Text Encode to the CLIP of an SDXL checkpoint."
+    """ValueError unless CONDITIONING is as text encoders of SD 1.x, 2.x or SDXL make it. Which of these the model is,
+    ``check_prompt`` asks.
+    """
+    cure = "Connect CLIP Text Encode to the CLIP of the model's checkpoint."
     if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if isinstance(value, list | tuple) else value
         raise _wrong(name, "CONDITIONING", what, cure)
@@ -134,34 +135,49 @@ def check_conditioning(name: str, value: Any, declared: Any) -> None:
             raise _wrong(name, "CONDITIONING whose parts are a tensor and a dictionary", entry, cure)
         text, pooled = entry[0], entry[1].get("pooled_output")
         for what, tensor, axes in (("a tensor of tokens", text, 3), ("a pooled tensor", pooled, 2)):
-            if tensor is None and axes == 2:
+            if axes == 2 and (tensor is None or not _reads_pooled(text)):
                 continue
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim != axes:
                 raise _wrong(name, f"CONDITIONING with {what} of {axes} axes", tensor, cure)
             if tensor.numel() == 0:
                 raise _wrong(name, f"CONDITIONING with {what} that is not empty", tensor, cure)
-        widths = text.shape[-1], None if pooled is None else pooled.shape[-1]
-        if widths != (TEXT_WIDTH, POOLED_WIDTH):
-            raise ValueError(
-                f"{name}: expected a prompt encoded by SDXL's text encoders ({TEXT_WIDTH} wide, pooled "
-                f"{POOLED_WIDTH}), got {widths[0]} wide, pooled {widths[1] or 'missing'}. {cure}"
-            )
-        if not _is_finite(text) or not _is_finite(pooled):
+        of_width = [known for known in STABLE_DIFFUSION.values() if known.text_width == text.shape[-1]]
+        check_prompt(name, [entry], of_width[0] if of_width else SDXL)
+        if not _is_finite(text) or (_reads_pooled(text) and not _is_finite(pooled)):
             raise ValueError(
                 f"{name}: the encoded prompt holds NaN or infinity: the text encoders' weights are damaged, or a node "
                 "between them and this one made it. Load another CLIP."
             )
 
 
+def _reads_pooled(text: Tensor) -> bool:
+    return text.shape[-1] == SDXL.text_width
+
+
+def check_prompt(name: str, conditioning: Any, architecture: Architecture) -> None:
+    """ValueError unless CONDITIONING, whose form ``check_conditioning`` saw, is for models of ``architecture``."""
+    for text, extra in conditioning:
+        pooled = extra.get("pooled_output")
+        widths = text.shape[-1], 0 if pooled is None else pooled.shape[-1]
+        wanted = architecture.text_width, architecture.pooled_width
+        if widths[0] != wanted[0] or (wanted[1] and widths[1] != wanted[1]):
+            both = f"{wanted[0]} wide" + f", pooled {wanted[1]}" * bool(wanted[1])
+            raise ValueError(
+                f"{name}: expected a prompt encoded by the text encoders of {architecture.people} ({both}), got "
+                f"{widths[0]} wide, pooled {widths[1] or 'missing'}. Connect CLIP Text Encode to the CLIP of a "
+                f"checkpoint of {architecture.people}."
+            )
+
+
 def check_latent(name: str, value: Any, declared: Any) -> None:
     """Its channels are checked where the model is known."""
-    cure = "Use Empty Latent Image, or VAE Encode with SDXL's VAE."
+    cure = "Use Empty Latent Image, or VAE Encode with the model's VAE."
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if samples is None:
         raise _wrong(name, "a LATENT", value, cure)
     if getattr(samples, "is_nested", False):
-        raise ValueError(f"{name}: expected an SDXL latent, got several latents. {cure}")
-    expected = "an SDXL latent (batch x 4 channels x height x width)"
+        raise ValueError(f"{name}: expected a latent, got several latents. {cure}")
+    expected = "a latent (batch x 4 channels x height x width)"
     if not isinstance(samples, Tensor) or not samples.is_floating_point() or samples.numel() == 0 or samples.ndim < 4:
         raise _wrong(name, expected, samples, cure)
     if not _is_finite(samples):

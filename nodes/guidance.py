@@ -7,9 +7,9 @@ from comfy_api.latest import io
 
 from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
 from ..sid_train.method.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
-from .checks import checked
+from .checks import check_prompt, checked
 from .common import RecipeType, StrategyType, schema, warn
-from .models import check_sdxl
+from .models import architecture_of, check_network
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
 from .start import remember_start
 
@@ -58,9 +58,12 @@ def make_guider(
 ) -> tuple[comfy.samplers.CFGGuider, list[str]]:
     """A GUIDER and what the user should be told.
 
-    ValueError for a model that is not SDXL's, and where ``mode`` needs a negative prompt that is missing.
+    ValueError for a model that is not of SD 1.x, 2.x or SDXL, for prompts of another generation than its own, and where
+    ``mode`` needs a negative prompt that is missing.
     """
-    check_sdxl(model.model, model.get_model_object("model_sampling"), "model")
+    check_network(model.model, model.get_model_object("model_sampling"), "model")
+    architecture = architecture_of(model.model, "model")
+    check_prompt("positive", positive, architecture)
     if mode == AUTO:
         mode, cfg = (recipe.sampling_guidance, recipe.sampling_cfg) if recipe else ("none", 1.0)
     if mode != "none" and negative is None:
@@ -68,6 +71,8 @@ def make_guider(
             f"guidance '{mode}': expected a negative prompt, but 'negative' is not connected. Connect one (its text "
             "may be empty), or set guidance to 'none'."
         )
+    if mode != "none":
+        check_prompt("negative", negative, architecture)
     if mode == "none":
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive})
@@ -93,7 +98,7 @@ class SiDGuidance(io.ComfyNode):
             search_aliases=["negative prompt", "nag", "cfg guider", "normalized attention guidance"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="A few-step SDXL generator."),
+                io.Model.Input("model", tooltip="A few-step generator."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows."),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What it must not show; used by every mode except 'none'."

@@ -12,7 +12,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..sid_train.core.architectures import SDXL
+from ..sid_train.core.architectures import STABLE_DIFFUSION
 from ..sid_train.core.published import preset_of_name
 from ..sid_train.core.recipe import (
     PRESETS,
@@ -27,7 +27,7 @@ from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared
 from .lora_names import in_kohyas_names
-from .models import check_model, fit_preset
+from .models import check_model, fit_preset, follow_recipe
 from .start import remember_start
 from .weights import check_numbers, check_unet, loading
 
@@ -87,10 +87,10 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
             f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
-    if split_architecture(recipe.architecture)[0] != SDXL.name:
+    if split_architecture(recipe.architecture)[0] not in STABLE_DIFFUSION:
         raise ValueError(
-            f"{path}: expected a recipe for {SDXL.name}, got {shown(recipe.architecture, 100)}. "
-            "These nodes sample SDXL; run other models with 'python -m sid_train sample'."
+            f"{path}: expected a recipe for SD 1.x, 2.x or SDXL, got {shown(recipe.architecture, 100)}. "
+            "These nodes sample no other models; run them with 'python -m sid_train sample'."
         )
     return recipe, FROM_FILE, []
 
@@ -112,17 +112,20 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
     ]
 
 
-def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool = False) -> tuple[SiDRecipe, list[str]]:
-    """``recipe``, checked against MODEL and the header of the file at ``path``, and what the user should be told.
+def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool = False):
+    """MODEL sampled as the recipe says, ``recipe``, checked against MODEL and the header of the file at ``path``, and
+    what the user should be told.
 
-    A preset takes the prediction type from the model, which is the file's own unless ``is_lora``.
+    A preset takes architecture and prediction type from the model, which is the file's own unless ``is_lora``.
     """
     messages = []
     if choice != FROM_FILE:
         recipe = fit_preset(model, recipe, path, not is_lora)
         messages = check_declared(read_header(path, path), recipe.prediction_type, path, is_lora)
+    elif not is_lora:
+        model = follow_recipe(model, recipe, path)
     check_model(model, recipe, path, not is_lora)
-    return recipe, messages
+    return model, recipe, messages
 
 
 class SiDCheckpointLoader(io.ComfyNode):
@@ -131,8 +134,8 @@ class SiDCheckpointLoader(io.ComfyNode):
         return schema(
             node_id="SiDCheckpointLoader",
             display_name="SiD Checkpoint Loader",
-            description="Loads a few-step SDXL checkpoint (UNet, text encoders and VAE in one file) and how to "
-            "sample it.",
+            description="Loads a few-step checkpoint of SDXL, SD 1.x or 2.x (UNet, text encoders and VAE in one "
+            "file) and how to sample it.",
             search_aliases=["load sid checkpoint", "few-step sdxl", "distilled sdxl", "dmd2", "lightning", "lcm"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -156,18 +159,18 @@ class SiDCheckpointLoader(io.ComfyNode):
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
         path = full_path("checkpoints", ckpt_name)
         how, chosen, messages = read_recipe(path, recipe)
-        with loading(path, "an SDXL checkpoint"):
+        with loading(path, "a checkpoint of SDXL, SD 1.x or 2.x"):
             model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
                 path,
                 output_vae=True,
                 output_clip=True,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
             )
-        how, more = fit_recipe(model, how, chosen, path)
+        model, how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
         if clip is None:
             messages.append(
-                "The file has no text encoders: take CLIP from another SDXL checkpoint, or put the file into "
+                "The file has no text encoders: take CLIP from another checkpoint, or put the file into "
                 "models/diffusion_models and use SiD Diffusion Model Loader."
             )
         warn(cls, messages)
@@ -180,7 +183,8 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         return schema(
             node_id="SiDDiffusionModelLoader",
             display_name="SiD Diffusion Model Loader",
-            description="Loads a few-step SDXL UNet without text encoders and VAE, and how to sample it.",
+            description="Loads a few-step UNet of SDXL, SD 1.x or 2.x without text encoders and VAE, and how to "
+            "sample it.",
             search_aliases=["load sid unet", "few-step sdxl unet", "dmd2", "lightning", "lcm"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -206,9 +210,9 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         path = full_path("diffusion_models", unet_name)
         options = dict(WEIGHT_DTYPES[weight_dtype])
         how, chosen, messages = read_recipe(path, recipe)
-        with loading(path, "an SDXL UNet"):
+        with loading(path, "a UNet of SDXL, SD 1.x or 2.x"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
-        how, more = fit_recipe(model, how, chosen, path)
+        model, how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
         warn(cls, messages)
         return io.NodeOutput(remember_start(model), how)
@@ -247,15 +251,15 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
     if not expected:
         held = f"all {for_text:,} of its tensors are for text encoders" if for_text else "the file holds no tensors"
         raise ValueError(
-            f"{path}: expected a LoRA for SDXL's UNet, but it has nothing for it: {held}. ComfyUI's own LoRA loader "
+            f"{path}: expected a LoRA for a UNet, but it has nothing for it: {held}. ComfyUI's own LoRA loader "
             "applies LoRAs for text encoders."
         )
     missed = sorted(set(expected) - tensors.read)
     if len(missed) == len(expected):
         raise ValueError(
-            f"{path}: expected a LoRA for this SDXL model, but none of its {len(expected)} tensors match; the first is "
+            f"{path}: expected a LoRA for this model, but none of its {len(expected)} tensors match; the first is "
             f"{shown(missed[0], 200)!r}. Read are the names of kohya (lora_unet_*.lora_up.weight), diffusers "
-            "(unet.*.lora.up.weight) and peft (base_model.model.*.lora_B.weight), with SDXL's modules in them."
+            "(unet.*.lora.up.weight) and peft (base_model.model.*.lora_B.weight), with the model's modules in them."
         )
     check_numbers(expected, path)
     left_out = []
@@ -300,7 +304,7 @@ def _check_shapes(model, patches: dict, path: str) -> str:
         of_ranks = f" (ranks {ranks[0]} and {ranks[1]})" if ranks else ""
         raise ValueError(
             f"{path}: expected a LoRA of {wanted[0]} x {wanted[1]} for {name}, got {got[0]} x {got[1]}{of_ranks}. It "
-            "was made for another model than SDXL, or the file is damaged."
+            "was made for another model than this one, or the file is damaged."
         )
     return other_channels
 
@@ -321,12 +325,15 @@ class SiDLoRALoader(io.ComfyNode):
         return schema(
             node_id="SiDLoRALoader",
             display_name="SiD LoRA Loader",
-            description="Turns any SDXL model into a few-step generator with a distillation LoRA, and says how to "
-            "sample it. Style LoRAs go through ComfyUI's own loader, before or after.",
+            description="Turns any model of SDXL, SD 1.x or 2.x into a few-step generator with a distillation LoRA, "
+            "and says how to sample it. Style LoRAs go through ComfyUI's own loader, before or after.",
             search_aliases=["load sid lora", "few-step lora", "distillation lora", "dmd2 lora", "lcm lora"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="Any SDXL model with the prediction type that the LoRA was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Any model of the kind and prediction type that the LoRA was made for.",
+                ),
                 io.Combo.Input(
                     "lora_name",
                     options=folder_paths.get_filename_list("loras"),
@@ -355,7 +362,7 @@ class SiDLoRALoader(io.ComfyNode):
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
         path = full_path("loras", lora_name)
         how, chosen, messages = read_recipe(path, recipe)
-        how, more = fit_recipe(model, how, chosen, path, is_lora=True)
+        model, how, more = fit_recipe(model, how, chosen, path, is_lora=True)
         patched, told = apply_lora(model, path, strength, allow_partial)
         warn(cls, messages + more + told)
         return io.NodeOutput(remember_start(patched), how)

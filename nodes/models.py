@@ -1,4 +1,4 @@
-"""Checks of a MODEL against what SDXL is, and against a recipe."""
+"""Checks of a MODEL against what SD 1.x, 2.x and SDXL are, and against a recipe."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import dataclasses
 import comfy.model_base
 import comfy.model_sampling
 
-from ..sid_train.core.recipe import SiDRecipe
+from ..sid_train.core.architectures import SD1, SD2, SDXL, STABLE_DIFFUSION, Architecture
+from ..sid_train.core.recipe import SiDRecipe, split_architecture
 
-# What ComfyUI calls other samplings of SDXL-class networks, and what they are.
+# What ComfyUI calls other samplings of networks of these classes, and what they are.
 PARAMETRISATIONS = {
     "EDM": "an EDM model (Playground 2.5, for instance)",
     "V_PREDICTION on ModelSamplingContinuousEDM": "an EDM model with v-prediction (CosXL, for instance)",
@@ -17,19 +18,31 @@ PARAMETRISATIONS = {
 }
 
 
-def check_sdxl(network, sampling, source: str, is_file: bool = False) -> str:
-    """``epsilon`` or ``v_prediction``; ValueError for a model that is not SDXL or not sampled as SDXL is.
+def architecture_of(network, source: str) -> Architecture:
+    """Of ComfyUI's BaseModel; ValueError for a model of another class. source: whose it is."""
+    if isinstance(network, comfy.model_base.SDXL):
+        return SDXL
+    found = type(network).__name__
+    if found == "BaseModel":  # SD 1.x and 2.x have no class of their own
+        width = network.model_config.unet_config.get("context_dim")
+        for architecture in (SD1, SD2):
+            if width == architecture.text_width:
+                return architecture
+        found = f"a UNet for prompts {width} wide"
+    raise ValueError(
+        f"{source}: expected a model of SD 1.x, 2.x or SDXL, got {found}. SiD's loaders and ComfyUI's Load Checkpoint "
+        "give one from such a file."
+    )
+
+
+def check_network(network, sampling, source: str, is_file: bool = False) -> str:
+    """``epsilon`` or ``v_prediction``; ValueError for a model that is not of SD 1.x, 2.x or SDXL, or not sampled as
+    these are.
 
     network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is;
     is_file: ``source`` is the model's own file, with no node in between
     """
-    if not isinstance(network, comfy.model_base.SDXL):
-        found = type(network).__name__
-        found = "one of SD 1.x's or 2.x's class" if found == "BaseModel" else found
-        raise ValueError(
-            f"{source}: expected an SDXL model, got {found}. SiD's loaders and ComfyUI's Load Checkpoint give one from "
-            "an SDXL file."
-        )
+    architecture_of(network, source)
     bases = type(sampling).__bases__
     if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
         if comfy.model_sampling.EPS in bases:
@@ -45,27 +58,58 @@ def check_sdxl(network, sampling, source: str, is_file: bool = False) -> str:
         "sampler. Where there are none, the model's file is of this kind, and few-step presets are not for it."
     )
     raise ValueError(
-        f"{source}: expected SDXL's 1,000 discrete timesteps with eps- or v-prediction, got "
+        f"{source}: expected 1,000 discrete timesteps with eps- or v-prediction, got "
         f"{f'{kind}: ' if kind else ''}{' + '.join(names)}. {cure}"
     )
 
 
 def has_zero_terminal_snr(sampling) -> bool:
-    """Whether the highest noise level is that of a zero-terminal-SNR schedule (SDXL's own ends at 14.6)."""
+    """Whether the highest noise level is that of a zero-terminal-SNR schedule (the usual one ends at 14.6)."""
     return float(sampling.sigma_max) > 100
 
 
 def fit_preset(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> SiDRecipe:
-    """A preset with MODEL's prediction type and noise schedule (see ``check_sdxl``)."""
+    """A preset with MODEL's architecture, prediction type and noise schedule (see ``check_network``)."""
     sampling = model.get_model_object("model_sampling")
-    predicts = check_sdxl(model.model, sampling, source, is_file)
-    return dataclasses.replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+    predicts = check_network(model.model, sampling, source, is_file)
+    facts = {"prediction_type": predicts, "zero_terminal_snr": has_zero_terminal_snr(sampling)}
+    return dataclasses.replace(recipe, **facts).for_architecture(architecture_of(model.model, source))
+
+
+def follow_recipe(model, recipe: SiDRecipe, source: str):
+    """MODEL with the prediction type and the noise schedule of the recipe in its file. Itself for SDXL, where ComfyUI
+    reads both from tensors in the file; for SD 1.x it takes all files for epsilon, for 2.x it guesses. ValueError as
+    ``check_network``.
+
+    source: the model's file
+    """
+    sampling, is_v = model.get_model_object("model_sampling"), recipe.prediction_type == "v_prediction"
+    predicts = check_network(model.model, sampling, source, is_file=True)
+    facts = (predicts, has_zero_terminal_snr(sampling))
+    if (recipe.prediction_type, recipe.zero_terminal_snr) == facts or architecture_of(model.model, source) is SDXL:
+        return model
+    kind = comfy.model_sampling.V_PREDICTION if is_v else comfy.model_sampling.EPS
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, kind):
+        """As ComfyUI's ModelSamplingDiscrete makes it."""
+
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", Sampling(model.model.model_config, zsnr=recipe.zero_terminal_snr))
+    return patched
 
 
 def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> None:
-    """ValueError unless MODEL is SDXL and as ``recipe`` says (see ``check_sdxl``)."""
+    """ValueError unless MODEL is as ``recipe`` says (see ``check_network``)."""
     sampling = model.get_model_object("model_sampling")
-    predicts = check_sdxl(model.model, sampling, source, is_file)
+    predicts = check_network(model.model, sampling, source, is_file)
+    architecture = architecture_of(model.model, source)
+    wanted = STABLE_DIFFUSION.get(split_architecture(recipe.architecture)[0])
+    if wanted is not architecture:
+        raise ValueError(
+            f"{source}: its recipe is for {wanted.people if wanted else recipe.architecture}, but the model is one of "
+            f"{architecture.people}. Recipe and model belong together: choose the other one. A preset takes the "
+            "model's: connect 'model' of SiD Recipe Override."
+        )
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "

@@ -22,7 +22,7 @@ from ..sid_train.core.timesteps import MAX_STEPS, last_timesteps
 from .checks import checked
 from .common import RecipeType, schema, warn
 from .guidance import AUTO, CFG_TOOLTIP, MODE_TOOLTIP, MODES, NAG_TOOLTIP, make_guider
-from .models import check_model, check_sdxl
+from .models import check_model, check_network
 from .nag import NAG_SCALE
 from .start import find_network, find_start
 
@@ -53,7 +53,7 @@ def make_sigmas(model, recipe: SiDRecipe | None, steps: int, denoise: float) -> 
     if recipe is None:
         recipe = PRESETS[DEFAULT_PRESET]
         messages.append(f"No recipe is connected: sampling as '{DEFAULT_PRESET}'.")
-        check_sdxl(model.model, model.get_model_object("model_sampling"), "model")
+        check_network(model.model, model.get_model_object("model_sampling"), "model")
     else:
         check_model(model, recipe, "model")
     timesteps = recipe.timesteps_for(steps or None)
@@ -133,7 +133,7 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
         extra_args = extra_args or {}
         check_sigmas(sigmas)
         network = find_network(model)
-        check_sdxl(network, network.model_sampling, "model")  # of any guider
+        check_network(network, network.model_sampling, "model")  # of any guider
         noise, latent = find_start(model, network, x, sigmas[0], extra_args)
         draw = seeded_noise(noise, extra_args.get("seed") or 0)
         shares = implied_shares(mode, sigmas, network.model_sampling, recipe.noise_gamma)
@@ -184,8 +184,8 @@ def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[di
     if image.is_nested or image.ndim != 4 or image.shape[1] != channels:
         shape = "several latents" if image.is_nested else "x".join(map(str, image.shape))
         raise ValueError(
-            f"latent_image: expected an SDXL latent (batch x {channels} channels x height x width), got {shape}. Use "
-            "Empty Latent Image, or VAE Encode with SDXL's VAE."
+            f"latent_image: expected a latent (batch x {channels} channels x height x width), got {shape}. Use "
+            "Empty Latent Image, or VAE Encode with the model's VAE."
         )
     latent = {k: v for k, v in latent.items() if k not in ratios} | {"samples": image}
 
@@ -222,12 +222,12 @@ class SiDFewStepSampler(io.ComfyNode):
         return schema(
             node_id="SiDFewStepSampler",
             display_name="SiD Few-Step Sampler",
-            description="Samples a few-step SDXL generator in 1 to 16 steps on exactly the timesteps that it was "
+            description="Samples a few-step generator in 1 to 16 steps on exactly the timesteps that it was "
             "trained for. With a recipe connected nothing else has to be set.",
             search_aliases=["sid ksampler", "few-step sampler", "4 steps", "distilled sampler", "dmd2 sampler"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="A few-step SDXL generator, from a SiD loader."),
+                io.Model.Input("model", tooltip="A few-step generator, from a SiD loader."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows."),
                 io.Latent.Input("latent_image", tooltip="An empty latent for a new picture, or one to change."),
                 RecipeType.Input(

@@ -16,14 +16,15 @@ from ..sid_train.core.timesteps import MAX_SID_STEPS
 from ..sid_train.files.atomic import write_text
 from ..sid_train.files.reading import read_text, reading, shown
 from ..sid_train.files.tensors import open_tensors
-from ..sid_train.models.stable_diffusion.keys import CLIP_G, CLIP_L, UNET, unet_config
+from ..sid_train.models.stable_diffusion.keys import UNET, unet_config
+from ..sid_train.models.stable_diffusion.kinds import kind_of_unet
 from ..sid_train.models.stable_diffusion.statements import of_settings, of_tensors
 from .checks import checked
 from .common import StrategyType, full_path, printable, read_header, refuse_other_hosts, schema, show
 
-# What the trainer ships for SDXL: the settings that this node does not ask for. A second stage, with pairs, also needs
-# the generator of the first.
-BASES = [name for name in configs.shipped("sdxl-*") if not name.endswith("-pairs")]
+# What the trainer ships: the settings that this node does not ask for. A second stage, with pairs, also needs the
+# generator of the first.
+BASES = [name for name in configs.shipped("sd*-*") if not name.endswith("-pairs")]
 DEFAULT_BASE = "sdxl-4step-lora-24gb"  # the one that fits a user's card
 # The formats of prompts that the trainer reads.
 PROMPT_FILES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -51,7 +52,7 @@ class SiDTrainingRecipe(io.ComfyNode):
                 io.Combo.Input(
                     "teacher",
                     options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="The SDXL checkpoint to distil: a safetensors file in models/checkpoints.",
+                    tooltip="The checkpoint to distil (SDXL, SD 1.x, 2.x): a safetensors file in models/checkpoints.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -163,7 +164,7 @@ def _teacher_file(name: str) -> str:
     """The path of a checkpoint that the trainer can distil, by its header; ValueError for any other file."""
     path = full_path("checkpoints", name)
     metadata = read_header(path, f"teacher: {path}")  # refuses a file that was cut off, too
-    with reading(path, "an SDXL checkpoint"):
+    with reading(path, "a checkpoint of SDXL, SD 1.x or 2.x"):
         shapes = {key: tensor.shape for key, tensor in open_tensors(Path(path)).items()}
     unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}
     try:
@@ -174,12 +175,13 @@ def _teacher_file(name: str) -> str:
     try:
         unet_config(unet or shapes)
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"teacher: {path}: {shown(error, 600)}. Choose a whole SDXL checkpoint.") from None
-    for prefix in (CLIP_L, CLIP_G):  # without them no prompt can be encoded
-        if not any(key.startswith(prefix) for key in shapes):
+        raise ValueError(f"teacher: {path}: {shown(error, 600)}. Choose a whole checkpoint.") from None
+    kind = kind_of_unet(unet or shapes)
+    for encoder in kind.encoders:  # without them no prompt can be encoded
+        if not any(key.startswith(encoder.prefixes) for key in shapes):
             raise ValueError(
-                f"teacher: {path}: expected SDXL's two text encoders beside the UNet, got no tensor named {prefix}*. "
-                "Choose a whole SDXL checkpoint."
+                f"teacher: {path}: expected the text encoders of {kind.architecture.people} beside the UNet, got no "
+                f"tensor named {encoder.prefixes[0]}*. Choose a whole checkpoint."
             )
     return path
 

@@ -89,8 +89,8 @@ def _gib(size: float) -> str:
 
 
 def table_configs() -> list[str]:
-    """The configurations that ship for SDXL."""
-    return configs.shipped("sdxl-*")
+    """The configurations that ship for real models."""
+    return configs.shipped("sd*-*")
 
 
 def fit_table(reserve: float, progress: bool = False) -> str:

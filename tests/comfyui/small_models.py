@@ -58,27 +58,46 @@ def unet_tensors(seed: int = 0) -> dict[str, Tensor]:
     return dict(initialise(unet, seed).state_dict())
 
 
-def sd15_unet_tensors(seed: int = 0) -> dict[str, Tensor]:
-    """A UNet of SD 1.5's class, 21M parameters: what does not belong into these nodes."""
+SD1_UNET_CONFIG = {
+    **UNET_CONFIG,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "transformer_depth_middle": 1,
+    "num_heads": 8,
+    "num_head_channels": -1,
+    "use_linear_in_transformer": False,
+    "context_dim": 768,
+    "num_classes": None,
+    "adm_in_channels": None,
+}
+SD2_UNET_CONFIG = {
+    **SD1_UNET_CONFIG,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "context_dim": 1024,
+}
+
+
+def sd_unet_tensors(config: dict, seed: int = 0) -> dict[str, Tensor]:
+    """A UNet of SD 1.x's or 2.x's class in one level, 24M parameters: ``SD1_UNET_CONFIG`` or ``SD2_UNET_CONFIG``."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    config = {
-        **UNET_CONFIG,
-        "num_res_blocks": [1],
-        "channel_mult": [1],
-        "transformer_depth": [1],
-        "transformer_depth_output": [0, 0],
-        "transformer_depth_middle": 1,
-        "num_heads": 8,
-        "num_head_channels": -1,
-        "use_linear_in_transformer": False,
-        "context_dim": 768,
-        "num_classes": None,
-        "adm_in_channels": None,
-    }
     unet = UNetModel(**config, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     return dict(initialise(unet, seed).state_dict())
+
+
+def clip_l_tensors(seed: int = 0) -> dict[str, Tensor]:
+    """CLIP-L in full size, named as in SD 1.x's files: ComfyUI has no smaller one."""
+    import comfy.sd1_clip
+    from comfy.supported_models import SD15
+
+    clip = comfy.sd1_clip.SD1ClipModel(device="cpu", dtype=torch.float16)
+    state = dict(initialise(clip, seed).state_dict())
+    return SD15(SD1_UNET_CONFIG).process_clip_state_dict_for_saving(state)
 
 
 def vae_tensors(seed: int = 0) -> dict[str, Tensor]:

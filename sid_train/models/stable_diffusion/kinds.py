@@ -1,4 +1,4 @@
-"""In what the generations of Stable Diffusion differ: a ``Kind`` each. Everything else here is the same for all."""
+"""In what the files of the generations of Stable Diffusion differ: a ``Kind`` each. No network is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from ...core.architectures import SD1, SD2, SDXL, Architecture
 from .keys import VAE, Shapes
-from .text import CLIPConditioner, SDConditioner, SDXLConditioner
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Kind:
     """One generation.
 
     encoders: the text encoders, in the order in which their hidden states are put side by side
-    conditioner: what makes of their outputs what the UNet reads
     scaling_factor: of the VAE's latents, to about unit variance
     known_as: how names of its models begin that are not here to be read
     rest: of all tensors in single files but the UNet's, the prefixes: of the text encoders, and of the VAE
@@ -47,7 +45,6 @@ class Kind:
 
     architecture: Architecture
     encoders: tuple[TextEncoder, ...]
-    conditioner: type[CLIPConditioner]
     scaling_factor: float
     known_as: re.Pattern[str]
     rest: tuple[tuple[str, ...], ...]
@@ -72,7 +69,6 @@ SDXL_KIND = Kind(
             has_projection=True,
         ),
     ),
-    SDXLConditioner,
     0.13025,
     re.compile(r"sd_?xl|stable-diffusion-xl", re.IGNORECASE),
     (("conditioner.",), (VAE,)),
@@ -81,7 +77,6 @@ SDXL_KIND = Kind(
 SD1_KIND = Kind(
     SD1,
     (TextEncoder("CLIP-L", ("cond_stage_model.transformer.",), activation="quick_gelu"),),
-    SDConditioner,
     0.18215,
     re.compile(r"stable-diffusion-v?1|sd[-_]?v?1|v1-[45]", re.IGNORECASE),
     (("cond_stage_model.",), (VAE,)),
@@ -96,7 +91,6 @@ SD2_KIND = Kind(
             layers=23,
         ),
     ),
-    SDConditioner,
     0.18215,
     re.compile(r"stable-diffusion-v?2|sd[-_]?v?2|v2-[01]|sd[-_]turbo", re.IGNORECASE),
     (("cond_stage_model.", "conditioner."), (VAE,)),

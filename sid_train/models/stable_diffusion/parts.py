@@ -39,7 +39,7 @@ from .folder import (
     weights_of,
 )
 from .keys import MARKERS, TIME_ID_WIDTH, UNET, VAE
-from .kinds import SD2_KIND, Kind, TextEncoder, kind_of_unet
+from .kinds import SD2_KIND, SDXL_KIND, Kind, TextEncoder, kind_of_unet
 from .lora import is_kohya, read_lora
 from .networks import (
     NOT_READ,
@@ -53,7 +53,7 @@ from .networks import (
     shapes_of,
 )
 from .statements import Stated
-from .text import TextEncoders, Tokenizers, clip_tokenizers
+from .text import SDConditioner, SDXLConditioner, TextEncoders, Tokenizers, clip_tokenizers
 
 __all__ = ["HUB_FILES", "MARKERS", "StableDiffusionParts", "build_unet", "check_resolution", "open_parts"]
 
@@ -154,11 +154,12 @@ class StableDiffusionParts(OpenedModel):
         unet = build_unet(self.unet_config, self.tensors, dtype, str(self.weights))
         resolution = resolution or self.kind.resolution(self.prediction_type)
         size = (resolution, resolution)
+        conditioner = SDXLConditioner if self.kind is SDXL_KIND else SDConditioner
         return ModelBundle(
             name=self.name,
             architecture=self.architecture,
             denoiser=UNetDenoiser(unet, VPSchedule.sdxl(self.zero_terminal_snr, self.prediction_type)),
-            conditioner=self.kind.conditioner(self.load_text, self.load_tokenizers, size),
+            conditioner=conditioner(self.load_text, self.load_tokenizers, size),
             codec=VAECodec(self.load_vae),
             latent_shape=(unet.config.in_channels, resolution // 8, resolution // 8),
             image_size=size,
