@@ -163,7 +163,7 @@ def unet_with_missing_tensors(kit: Kit):
 
 
 @message(
-    r"file.safetensors: expected a UNet of SDXL, .*, but a tensor is missing: 'input_blocks.3.1.transformer_blocks.0.attn2"
+    r"file.safetensors: expected a UNet of .*, but a tensor is missing: 'input_blocks.3.1.transformer_blocks.0.attn2"
 )
 def unet_that_comfyui_cannot_make_out(kit: Kit):
     part = "input_blocks.3.1.transformer_blocks.0.attn2"
