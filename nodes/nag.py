@@ -1,4 +1,4 @@
-"""Normalized attention guidance (arXiv 2505.21179) on SDXL's cross attention: negative prompts in one network call."""
+"""Normalized attention guidance (arXiv 2505.21179) on cross attention: negative prompts in one network call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .version import FLOOR, comfyui_version, is_below_floor
 NAG_SCALE = 2.0
 NAG_TAU = 2.5
 NAG_ALPHA = 0.5
-# Every place where SDXL (or a smaller UNet of its class) can have a transformer; a place without one is never asked.
+# Every place where a UNet of these classes can have a transformer; a place without one is never asked.
 BLOCKS = [(part, number) for part in ("input", "output") for number in range(12)] + [("middle", 0)]
 
 # What restricts CONDITIONING to a part of the picture or of the steps.

@@ -133,10 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--count", type=_whole, default=8, help="pictures a prompt (default: 8)")
     sub.add_argument("--steps", type=_whole, help="default: the recipe's")
-    sub.add_argument("--base", help="the SDXL model that a LoRA belongs on, or whose text encoders and VAE to use")
-    sub.add_argument(
-        "--resolution", type=_whole, default=0, help="of SDXL's pictures (default: what it was trained at)"
-    )
+    sub.add_argument("--base", help="the model that a LoRA belongs on, or whose text encoders and VAE to use")
+    sub.add_argument("--resolution", type=_whole, default=0, help="of the pictures (default: what it was trained at)")
     sub.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
     sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the UNet (default: fp32)")
     sub.add_argument("--seed", type=_whole, default=0)
@@ -168,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--energy", type=_number, default=0, help="instead of --rank: the share to keep, such as 0.95")
     sub.add_argument("--iteration", type=_whole, default=0, help="of a run's snapshot (default: its last checkpoint)")
 
-    sub = command("convert", "make a file with a recipe of an SDXL UNet without one; reads the SiD authors' pickles")
+    sub = command("convert", "make a file with a recipe of a UNet without one; reads the SiD authors' pickles")
     sub.add_argument("file", type=Path, help="safetensors, or pickled (.pkl, .pth, .bin, .ckpt), which is never run")
     sub.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file")
     sub.add_argument("--recipe", help="a preset, 'DMD2 (4 steps)' for instance (default: what the file's name says)")
@@ -181,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="format_",
         help="unet: ComfyUI's diffusion model (default); checkpoint: all in one file, with --base",
     )
-    sub.add_argument("--base", help="for --format checkpoint: the SDXL model with text encoders and VAE")
+    sub.add_argument("--base", help="for --format checkpoint: the model with text encoders and VAE")
     sub.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="default: fp16")
     return parser
 

@@ -37,11 +37,13 @@ class ModelConfig:
     """The model that is distilled, and what the networks start from."""
 
     teacher: str = "demo"
-    """The model to distil: an SDXL .safetensors file, diffusers folder or hub id; or 'demo', the embedded one."""
+    """The model to distil: a .safetensors file, diffusers folder or hub id of SDXL, SD 1.x or 2.x; or 'demo', the
+    embedded one."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the teacher predicts, where its files do not say it; auto: what they say, epsilon if they say nothing."""
     resolution: int = 0
-    """Height and width in pixels of what is generated; 0 is the model's own, 1,024 for SDXL."""
+    """Height and width in pixels of what is generated; 0 is the model's own: 1,024 for SDXL, 512 for SD 1.x and 2.x,
+    768 for SD 2.x where it predicts v."""
     init_generator: str = ""
     """A SiD generator of the same architecture to start from (SiD2a); empty: start from the teacher."""
     unconditional: Unconditional = "empty"

@@ -64,7 +64,7 @@ def open_generator(source: str, base: str | None = None) -> Generator:
     if not has_recipe(metadata):
         open_model(source)  # says what is wrong where it is no model at all
         raise ValueError(
-            f"model {source}: expected a distilled generator, but it carries no SiD recipe. Give an SDXL file one: "
+            f"model {source}: expected a distilled generator, but it carries no SiD recipe. Give a file one: "
             "python -m sid_train convert"
         )
     recipe = SiDRecipe.from_metadata(metadata, path)

@@ -24,15 +24,21 @@ def model_readers(work: Path) -> list[Reader]:
     from sid_train.files.pickles import open_pickled
     from sid_train.files.tensors import LazyTensor, open_tensors
     from sid_train.models.families import model_shapes, open_generator, open_model
+    from sid_train.models.stable_diffusion.kinds import SD1_KIND, SD2_KIND
     from sid_train.models.stable_diffusion.lora import kohya_modules
 
     sys.path.append(str(Path(__file__).parents[1]))
+    import small_sd
     from small_sdxl import save_single_file, small_pipeline
 
     disable_progress_bar()
     pipeline = small_pipeline()
     whole = save_single_file(work / "sdxl.safetensors", pipeline, torch.float16)
     pipeline.save_pretrained(work / "sdxl")
+    older = []
+    for kind in (SD1_KIND, SD2_KIND):
+        path = work / f"{kind.architecture.name}.safetensors"
+        older.append(small_sd.save_single_file(path, kind, small_sd.small_pipeline(kind), torch.float16))
     teacher = open_model(str(whole))
     lora: dict[str, torch.Tensor] = {}
     for ours, name in [*kohya_modules(teacher.tensors, teacher.unet_config).items()][:40:8]:
@@ -90,6 +96,7 @@ def model_readers(work: Path) -> list[Reader]:
         Reader("digits file", digits, file, lambda p: open_model(str(p)).load(torch.float32), 0.5),
         Reader("sdxl file", sdxl, file, lambda p: open_model(str(p)).load(None), 0.7),
         Reader("sdxl file, text and vae", sdxl, file, load_rest, 0.02),
+        Reader("sd 1.x and 2.x files", one(*older, data=False), file, lambda p: open_model(str(p)).load(None), 0.7),
         Reader("sdxl folder", folder, "", lambda p: open_model(str(p)).load(None), 0.4),
         Reader("plan's shapes of a file", [*sdxl, *digits], file, lambda p: model_shapes(str(p), 0), 0.15),
         Reader("plan's shapes of a folder", folder, "", lambda p: model_shapes(str(p), 0), 0.15),
