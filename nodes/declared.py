@@ -34,5 +34,5 @@ def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lor
     return [
         f"{told}, so that pictures will be noise. Put ModelSamplingDiscrete with 'v_prediction' (and 'zsnr' if it was "
         "trained so) after this loader, and take the recipe from SiD Recipe Override, with the same preset and that "
-        "model. ComfyUI itself takes a file for v-prediction if it holds an empty tensor named 'v_pred'."
+        "model. ComfyUI itself takes an SDXL file for v-prediction if it holds an empty tensor named 'v_pred'."
     ]

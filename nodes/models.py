@@ -114,8 +114,8 @@ def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) ->
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
             f"{predicts}. Recipe and model belong together: choose the other one. A preset takes the model's: connect "
-            "'model' of SiD Recipe Override. (ComfyUI takes a file for v-prediction if it holds an empty tensor named "
-            "'v_pred'; sid_train writes it.)"
+            "'model' of SiD Recipe Override. (ComfyUI takes an SDXL file for v-prediction if it holds an empty tensor "
+            "named 'v_pred'; sid_train writes it.)"
         )
     is_ztsnr = has_zero_terminal_snr(sampling)
     if recipe.zero_terminal_snr != is_ztsnr:

@@ -1,7 +1,8 @@
-"""SDXL at its full size on a CPU, once, by hand: ``python tests/full_size.py DIR [STEP ...]``. Needs 24 GiB and hours.
+"""A model at its full size on a CPU, once, by hand: ``python tests/full_size.py DIR [STEP ...]``. SDXL needs 24 GiB and
+hours; ``--kind sd1`` and ``--kind sd2`` are SD 1.5 and 2.1, with which it is minutes.
 
-    model    writes a checkpoint of SDXL's true architecture with random weights (2.57B in the UNet, 7 GB)
-    train    three iterations of LoRA distillation at 1024x1024 by ``python -m sid_train distill``
+    model    writes a checkpoint of the true architecture with random weights (SDXL: 2.57B in the UNet, 7 GB)
+    train    three iterations of LoRA distillation at the model's own resolution by ``python -m sid_train distill``
     export   the generator as LoRA, UNet and checkpoint by ``python -m sid_train export``
     comfyui  ComfyUI (COMFYUI_PATH or ~/comfy/ComfyUI) loads LoRA and checkpoint with our nodes and samples a picture
 
@@ -18,9 +19,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from sid_train.models.stable_diffusion.kinds import Kind
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "comfyui")]
@@ -28,10 +33,10 @@ PROMPTS = ("a lighthouse on a cliff at dawn", "a cat in a hat", "an old map of a
 GIB = 2**30
 
 
-def write_model(path: Path, width: int = 320) -> None:
+def write_model(path: Path, width: int = 320, kind: str = "sdxl") -> None:
     """Weights of a trained network's size, made one tensor at a time; ``width`` is that of the UNet's first level."""
     from sid_train.files.tensors import LazyTensor, write_tensors
-    from sid_train.models.stable_diffusion.base import base_text_encoders, base_vae, sdxl_unet
+    from sid_train.models.stable_diffusion.base import base_text_encoders, base_unet, base_vae
     from sid_train.models.stable_diffusion.keys import (
         UNET,
         VAE,
@@ -41,10 +46,9 @@ def write_model(path: Path, width: int = 320) -> None:
         unet_modules,
         vae_modules,
     )
-    from sid_train.models.stable_diffusion.kinds import SDXL_KIND
 
-    unet, vae, (clip_l, clip_g) = sdxl_unet(width), base_vae(), base_text_encoders(SDXL_KIND)
-    in_clip_l, in_clip_g = (encoder.prefixes[0] for encoder in SDXL_KIND.encoders)
+    made_for = kind_called(kind)
+    unet, vae = base_unet(made_for, width), base_vae()
 
     def random(name: str, like: torch.Tensor) -> LazyTensor:
         def make() -> torch.Tensor:
@@ -60,10 +64,19 @@ def write_model(path: Path, width: int = 320) -> None:
     state = vae.state_dict()
     for ours, ldm in rename(state, vae_modules(state)).items():
         tensors[VAE + ldm] = state[ours][..., None, None] if is_vae_attention(ldm) else state[ours]
-    tensors |= {f"{in_clip_l}text_model.{k.removeprefix('text_model.')}": t for k, t in clip_l.state_dict().items()}
-    tensors |= {in_clip_g + k: t for k, t in to_open_clip(clip_g.state_dict()).items()}
+    for encoder, network in zip(made_for.encoders, base_text_encoders(made_for), strict=True):
+        state = network.state_dict()
+        named = {k if k.startswith("text_") else f"text_model.{k}": t for k, t in state.items()}
+        named = to_open_clip(named) if encoder.is_open_clip else named
+        tensors |= {encoder.prefixes[0] + k: t for k, t in named.items()}
     print(f"UNet: {sum(t.numel() for k, t in tensors.items() if k.startswith(UNET)) / 1e9:.3f} billion parameters")
     write_tensors(path, {k: random(k, t) for k, t in tensors.items()}, {})
+
+
+def kind_called(name: str) -> Kind:
+    from sid_train.models.stable_diffusion.kinds import SD1_KIND, SD2_KIND, SDXL_KIND
+
+    return {"sdxl": SDXL_KIND, "sd1": SD1_KIND, "sd2": SD2_KIND}[name]
 
 
 def hash_of(name: str) -> int:
@@ -138,14 +151,14 @@ def export(run_dir: Path, report: Path) -> None:
         print(f"{path.name}: {path.stat().st_size / GIB:.2f} GiB")
 
 
-def comfyui(folder: Path) -> None:
+def comfyui(folder: Path, base_name: str, resolution: int) -> None:
     """The exported files in a real server, through our own loaders."""
     from comfy_server import Server
     from conftest import find_comfyui, import_pack
 
     base = folder / "comfyui"
     import_pack()
-    for kind, name in (("checkpoints", "checkpoint"), ("checkpoints", "sdxl-random"), ("loras", "lora")):
+    for kind, name in (("checkpoints", "checkpoint"), ("checkpoints", base_name), ("loras", "lora")):
         target = base / "models" / kind / f"{name}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
@@ -153,12 +166,14 @@ def comfyui(folder: Path) -> None:
     server = Server(find_comfyui(), base, "--bf16-unet")
     workflow = json.loads((ROOT / "workflows" / "api" / "text_to_image.json").read_text())
     lora = json.loads((ROOT / "workflows" / "api" / "lora_on_any_checkpoint.json").read_text())
-    files = {"SiDCheckpointLoader": "checkpoint", "CheckpointLoaderSimple": "sdxl-random"}
+    files = {"SiDCheckpointLoader": "checkpoint", "CheckpointLoaderSimple": base_name}
     try:
         for name, prompt in (("checkpoint", workflow), ("LoRA on its base", lora)):
             for node in prompt.values():
                 if node["class_type"] in files:
                     node["inputs"]["ckpt_name"] = f"{files[node['class_type']]}.safetensors"
+                if node["class_type"] == "EmptyLatentImage":
+                    node["inputs"] |= {"width": resolution, "height": resolution}
                 if node["class_type"] == "SiDLoRALoader":
                     node["inputs"]["lora_name"] = "lora.safetensors"
             begin = time.monotonic()
@@ -174,19 +189,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("steps", nargs="*", default=["model", "train", "export", "comfyui"])
+    parser.add_argument("--kind", choices=["sdxl", "sd1", "sd2"], default="sdxl")
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    base, run_dir, report = folder / "sdxl-random.safetensors", folder / "run", folder / "report.jsonl"
+    base, run_dir, report = folder / f"{args.kind}-random.safetensors", folder / "run", folder / "report.jsonl"
     if "model" in args.steps:
-        write_model(base)
+        write_model(base, kind=args.kind)
     if "train" in args.steps:
         train(base, run_dir, report)
         check_run(run_dir)
     if "export" in args.steps:
         export(run_dir, report)
     if "comfyui" in args.steps:
-        comfyui(folder)
+        comfyui(folder, base.stem, kind_called(args.kind).resolution("epsilon"))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from .keys import HEAD_WIDTH, SD1_HEADS
-from .kinds import SD1_KIND, SD2_KIND, Kind
+from .kinds import SD1_KIND, SD2_KIND, SDXL_KIND, Kind
 from .text import TextEncoders
 
 
-def sdxl_unet(width: int = 320) -> UNet2DConditionModel:
-    """2.567 billion parameters, or fewer where the first level is narrower."""
+def base_unet(kind: Kind, width: int = 320) -> UNet2DConditionModel:
+    """2.567 billion parameters for SDXL, 860 million for SD 1.x and 866 for 2.x, or fewer where the first level is
+    narrower.
+    """
+    return _sdxl_unet(width) if kind is SDXL_KIND else _sd_unet(kind, width)
+
+
+def _sdxl_unet(width: int) -> UNet2DConditionModel:
     with torch.device("meta"):
         return UNet2DConditionModel(
             block_out_channels=(width, 2 * width, 4 * width),
@@ -28,8 +34,7 @@ def sdxl_unet(width: int = 320) -> UNet2DConditionModel:
         )
 
 
-def sd_unet(kind: Kind, width: int = 320) -> UNet2DConditionModel:
-    """That of SD 1.x or 2.x: 860 or 866 million parameters, or fewer where the first level is narrower."""
+def _sd_unet(kind: Kind, width: int) -> UNet2DConditionModel:
     widths = (width, 2 * width, 4 * width, 4 * width)
     is_sd1 = kind is SD1_KIND
     with torch.device("meta"):
@@ -50,10 +55,6 @@ def base_vae() -> AutoencoderKL:
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-
-
-def base_unet(kind: Kind) -> UNet2DConditionModel:
-    return sd_unet(kind) if kind in (SD1_KIND, SD2_KIND) else sdxl_unet()
 
 
 def base_text_encoders(kind: Kind) -> TextEncoders:
