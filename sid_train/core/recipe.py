@@ -145,6 +145,27 @@ class SiDRecipe:
         """What a file is called whose ``title`` is empty."""
         return f"{self.base_model} SiD {self.steps}-step"
 
+    @property
+    def kohya_version(self) -> str:
+        """What kohya's trainers call the base model (``ss_base_model_version``); empty for no Stable Diffusion."""
+        known = STABLE_DIFFUSION.get(split_architecture(self.architecture)[0])
+        if known is None:
+            return ""
+        return known.kohya_v if self.prediction_type == "v_prediction" else known.kohya
+
+    @property
+    def description(self) -> str:
+        """One line for people who see the file in a model manager: what it is, and how it is sampled."""
+        noise = "" if self.steps == 1 else f", {self.noise_mode} noise between them"
+        guidance = "without classifier-free guidance (CFG 1)"
+        if self.sampling_guidance != "none":
+            guidance = f"with guidance: {self.sampling_guidance} (scale {self.sampling_cfg:g})"
+        return (
+            f"A few-step generator distilled from {self.base_model}. Sample it in {self.steps} step"
+            f"{'s' * (self.steps > 1)} (timestep{'s' * (self.steps > 1)} {' '.join(map(str, self.timesteps))}{noise}), "
+            f"{guidance}."
+        )
+
     def timesteps_for(self, steps: int | None = None) -> list[int]:
         """The trained timesteps, or for another number of steps those of its ladder."""
         if steps is None or steps == self.steps:
@@ -189,14 +210,22 @@ class SiDRecipe:
             "modelspec.sai_model_spec": SAI_MODEL_SPEC,
             **self._architecture_keys(),
             "modelspec.title": self.title or self.default_title,
+            "modelspec.description": self.description,
+            "modelspec.tags": ", ".join(self._tags()),
+            "modelspec.base_model": self.base_model,
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.license": self.licence,
         }
         if self.noise_mode == "tcd":
             metadata["sid.noise_gamma"] = repr(float(self.noise_gamma))
         if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
-            metadata["modelspec.predict_key"] = key
+            # The second is the standard's own word for it, the first that of the tools that came before it was one.
+            metadata |= {"modelspec.predict_key": key, "modelspec.prediction_type": key}
         return metadata
+
+    def _tags(self) -> list[str]:
+        known = STABLE_DIFFUSION.get(split_architecture(self.architecture)[0])
+        return [*(["text-to-image", known.people] if known else []), "distilled", "few-step", f"{self.steps}-step"]
 
     def _architecture_keys(self) -> dict[str, str]:
         name, is_lora = split_architecture(self.architecture)

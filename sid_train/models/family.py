@@ -85,6 +85,7 @@ class Generator:
     tensors: of its network, an adapter not included
     adapter: a LoRA to go on top of ``tensors``, where it was distilled as one
     source: the file or folder that it is in
+    thumbnail: a picture of its own for model managers, a data: URL; empty where there is none
     """
 
     model: OpenedModel
@@ -92,6 +93,12 @@ class Generator:
     tensors: Tensors
     adapter: Adapter | None = None
     source: Path | None = None
+    thumbnail: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        """What its files say in their headers."""
+        picture = {"modelspec.thumbnail": self.thumbnail} if self.thumbnail else {}
+        return self.recipe.to_metadata() | picture
 
     def merged(self) -> Tensors:
         """The network with its adapter, fp32 where the adapter changes it."""
@@ -220,7 +227,7 @@ class ModelFamily(ABC):
         model, dtype = generator.model, DTYPES[options.dtype]
         tensors = {model.prefix + name: tensor for name, tensor in generator.merged().items()}
         stored = {name: tensor.narrowed(dtype) for name, tensor in {**tensors, **model.rest}.items()}
-        write_tensors(path, stored, generator.recipe.to_metadata())
+        write_tensors(path, stored, generator.metadata())
         return []
 
     def prompts(self) -> list[str]:

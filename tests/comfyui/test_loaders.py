@@ -70,7 +70,7 @@ class TestDiffusionModel:
         assert read.timesteps == (999, 759, 499, 259)
 
     def test_preset_in_place_of_a_recipe_that_cannot_be_read(self, nodes, put, tensors, recipes, caplog):
-        metadata = recipes.SiDRecipe().to_metadata() | {"sid.format_version": "3"}
+        metadata = recipes.SiDRecipe().to_metadata() | {"sid.format_version": "99"}
         name = put("diffusion_models", "newer.safetensors", tensors, metadata)
         run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="SiD 625 (4 steps)")
         assert "replaces the file's own recipe, which cannot be read" in text_of(caplog)

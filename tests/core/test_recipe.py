@@ -79,7 +79,13 @@ def test_metadata_tells_other_tools_what_the_file_is():
     assert all(isinstance(v, str) for v in metadata.values())
     assert metadata["modelspec.resolution"] == "832x1216"  # the standard says width first
     assert metadata["sid.training_resolution"] == "1216x832"
-    assert metadata["modelspec.predict_key"] == "v"
+    assert metadata["modelspec.predict_key"] == metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.base_model"] == OTHERS["v zero SNR"].base_model
+    assert "2 steps (timesteps 999 499, fixed noise between them), " in metadata["modelspec.description"]
+    assert metadata["modelspec.tags"] == "distilled, few-step, 2-step"
+    assert SiDRecipe().to_metadata()["modelspec.tags"].startswith("text-to-image, SDXL, ")
+    assert SiDRecipe().kohya_version == "sdxl_base_v1-0"
+    assert replace(SiDRecipe(), architecture=SD2.name, prediction_type="v_prediction").kohya_version == "sd_v2_v"
     assert SiDRecipe().to_metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
 
 
@@ -103,6 +109,9 @@ def test_sid_keys_are_enough(architecture, write):
     metadata = {k: v for k, v in SiDRecipe().to_metadata().items() if k.startswith("sid.")}
     if architecture is not None:
         metadata |= {"modelspec.architecture": architecture, "modelspec.title": "mine"}
+        # Whatever a manager, or its user, writes there.
+        free = ("description", "tags", "base_model", "thumbnail", "hash_sha256", "prediction_type", "predict_key")
+        metadata |= dict.fromkeys((f"modelspec.{key}" for key in free), "\n, 0x")
     recipe = read_recipe(write(metadata))
     assert recipe.architecture == SDXL.name + ("/lora" if architecture == "sdxl/lora" else "")
     assert replace(recipe, architecture=SDXL.name, title="") == SiDRecipe()

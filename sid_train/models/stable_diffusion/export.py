@@ -121,9 +121,7 @@ def export(generator: Generator, path: Path, options: ExportOptions) -> list[str
 
 def export_unet(path: Path, generator: Generator, dtype: torch.dtype) -> None:
     """The UNet alone with bare ldm names: ComfyUI loses ``v_pred`` and ``ztsnr`` under a prefix."""
-    write_tensors(
-        path, _unet_tensors(generator, dtype, "") | _markers(generator.recipe), generator.recipe.to_metadata()
-    )
+    write_tensors(path, _unet_tensors(generator, dtype, "") | _markers(generator.recipe), generator.metadata())
 
 
 def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
@@ -132,7 +130,7 @@ def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae:
     """
     rest = _rest(generator, dtype, vae)
     tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator.recipe)
-    write_tensors(path, tensors, generator.recipe.to_metadata())
+    write_tensors(path, tensors, generator.metadata())
 
 
 def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -154,9 +152,9 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": f"{next(iter(adapter.values()))[2]:g}",
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_base_model_version": generator.recipe.kohya_version,
     }
-    metadata = generator.recipe.to_metadata() | about
+    metadata = generator.metadata() | about
     metadata["modelspec.architecture"] += LORA_SUFFIX
     write_tensors(path, tensors, metadata)
 
@@ -197,7 +195,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.narrowed(dtype) for name, tensor in generator.merged().items()}
-        write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, recipe.to_metadata())
+        write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, generator.metadata())
 
 
 def _narrow(network: nn.Module, dtype: torch.dtype) -> nn.Module:
