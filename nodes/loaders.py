@@ -28,6 +28,7 @@ from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared
 from .lora_names import in_kohyas_names
 from .models import check_model, fit_preset
+from .parametrisation import sampled_as
 from .start import remember_start
 from .weights import check_numbers, check_unet, loading
 
@@ -103,7 +104,7 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
         own = SiDRecipe.from_metadata(metadata, path)
     except RecipeError as error:
         return [f"'{choice}' replaces the file's own recipe, which cannot be read ({error})."]
-    chain = ("timesteps", "noise_mode", "noise_gamma", "unit_variance_start")
+    chain = ("timesteps", "noise_mode", "noise_gamma", "unit_variance_start", "timestep_scale")
     if all(getattr(own, name) == getattr(PRESETS[choice], name) for name in chain):
         return []
     return [
@@ -163,6 +164,7 @@ class SiDCheckpointLoader(io.ComfyNode):
                 output_clip=True,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
             )
+        model = sampled_as(model, how, path, is_file=True)
         how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
         if clip is None:
@@ -208,6 +210,7 @@ class SiDDiffusionModelLoader(io.ComfyNode):
         how, chosen, messages = read_recipe(path, recipe)
         with loading(path, "an SDXL UNet"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
+        model = sampled_as(model, how, path, is_file=True)
         how, more = fit_recipe(model, how, chosen, path)
         messages += more + check_unet(model, read_whole_header(path).tensors, path)
         warn(cls, messages)
@@ -355,6 +358,7 @@ class SiDLoRALoader(io.ComfyNode):
     def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
         path = full_path("loras", lora_name)
         how, chosen, messages = read_recipe(path, recipe)
+        model = sampled_as(model, how, path)
         how, more = fit_recipe(model, how, chosen, path, is_lora=True)
         patched, told = apply_lora(model, path, strength, allow_partial)
         warn(cls, messages + more + told)

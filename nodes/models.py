@@ -7,6 +7,7 @@ import dataclasses
 import comfy.model_base
 import comfy.model_sampling
 
+from ..sid_train.core.noise_schedule import X0
 from ..sid_train.core.recipe import SiDRecipe
 
 # What ComfyUI calls other samplings of SDXL-class networks, and what they are.
@@ -18,7 +19,7 @@ PARAMETRISATIONS = {
 
 
 def check_sdxl(network, sampling, source: str, is_file: bool = False) -> str:
-    """``epsilon`` or ``v_prediction``; ValueError for a model that is not SDXL or not sampled as SDXL is.
+    """``epsilon``, ``v_prediction`` or ``x0``; ValueError for a model that is not SDXL or not sampled as SDXL is.
 
     network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is;
     is_file: ``source`` is the model's own file, with no node in between
@@ -36,6 +37,8 @@ def check_sdxl(network, sampling, source: str, is_file: bool = False) -> str:
             return "epsilon"
         if comfy.model_sampling.V_PREDICTION in bases:
             return "v_prediction"
+        if comfy.model_sampling.X0 in bases:
+            return X0
     names = [base.__name__ for base in bases]
     kind = PARAMETRISATIONS.get(f"{names[-1]} on {names[0]}") or PARAMETRISATIONS.get(names[-1])
     cure = (
@@ -59,13 +62,31 @@ def fit_preset(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> 
     """A preset with MODEL's prediction type and noise schedule (see ``check_sdxl``)."""
     sampling = model.get_model_object("model_sampling")
     predicts = check_sdxl(model.model, sampling, source, is_file)
+    _check_parametrisation(sampling, predicts, recipe, source)
     return dataclasses.replace(recipe, prediction_type=predicts, zero_terminal_snr=has_zero_terminal_snr(sampling))
+
+
+def _check_parametrisation(sampling, predicts: str, recipe: SiDRecipe, source: str) -> None:
+    """ValueError where the network is another one than the recipe says in what SiD's loaders alone set up."""
+    cure = "SiD's loaders set that up: load the file with one of them and with this recipe, and connect what it gives."
+    if recipe.prediction_type == X0 and predicts != X0:
+        raise ValueError(
+            f"{source}: its recipe is for a network that predicts the picture itself (x0), but ComfyUI takes it for "
+            f"{predicts}. {cure} ModelSamplingDiscrete with 'x0' does the same."
+        )
+    scale = getattr(sampling, "timestep_scale", 1.0)
+    if scale != recipe.timestep_scale:
+        raise ValueError(
+            f"{source}: its recipe is for a network that is told timesteps scaled by {recipe.timestep_scale:g}, but "
+            f"this one is told timesteps scaled by {scale:g}. {cure}"
+        )
 
 
 def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> None:
     """ValueError unless MODEL is SDXL and as ``recipe`` says (see ``check_sdxl``)."""
     sampling = model.get_model_object("model_sampling")
     predicts = check_sdxl(model.model, sampling, source, is_file)
+    _check_parametrisation(sampling, predicts, recipe, source)
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "

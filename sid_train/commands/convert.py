@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.noise_schedule import X0
 from ..core.published import GUESSED_T_INIT, preset_of_name, recipe_of_name
 from ..core.recipe import PRESETS, SiDRecipe
 from ..core.timesteps import DEFAULT_T_INIT, LADDERS, timestep_ladder
@@ -34,7 +35,7 @@ def convert(
     parts = open_network(file)
     chosen = replace(
         chosen,
-        prediction_type=parts.prediction_type,
+        prediction_type=X0 if chosen.prediction_type == X0 else parts.prediction_type,
         zero_terminal_snr=parts.zero_terminal_snr,
         title=shown(file.stem),
     )

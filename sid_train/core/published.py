@@ -74,7 +74,8 @@ def guidance_of(fake_train: float, fake_eval: float, teacher: float) -> Training
 # steps is a group, where it is said.
 FAMILIES = (
     (r"dmd2?_sdxl_(\d+)steps?", "DMD2"),
-    (r"(?:\w+_)?(?:sdxl|xl)_lightning_(\d+)steps?(?!_x0)", "Lightning"),
+    (r"(?:\w+_)?(?:sdxl|xl)_lightning_([248])steps?(?!\w*_x0)", "Lightning"),
+    (r"sdxl_lightning_(1)step(?:_unet)?_x0", "Lightning"),
     (r"hyper_sdxl_([248])steps?(?!_cfg)", "Hyper-SD"),
     (r"hyper_sdxl_(1)step_unet", "Hyper-SD"),
     (r"pcm_sdxl_(?:small|normal)cfg_(\d+)steps?", "PCM"),
@@ -82,7 +83,11 @@ FAMILIES = (
     (r"(?:tcd_sd_?xl|sd_?xl_tcd)(?:_(\d+)steps?)?", "TCD"),
     (r"sd_?xl_turbo(?:_(\d+)steps?)?", "Turbo"),
     (r"flash_sd_?xl(?:_(\d+)steps?)?", "Flash"),
+    (r"nitrosd_realism(?:_(\d+)steps?)?", "NitroFusion Realism"),
+    (r"nitrosd_vibrant(?:_(\d+)steps?)?", "NitroFusion Vibrant"),
 )
+USUAL_STEPS = {"NitroFusion Realism": 1, "NitroFusion Vibrant": 1}
+"""Of families whose names say no number, where the publisher's page has another than 4."""
 
 
 def preset_of_name(stem: str) -> tuple[str, str] | None:
@@ -93,7 +98,7 @@ def preset_of_name(stem: str) -> tuple[str, str] | None:
     for pattern, family in FAMILIES:
         # From the beginning, and up to an end of a word: a style's LoRA may have any of these words within.
         if (found := re.match(rf"(?:{pattern})(?![a-z0-9])", spelled, re.IGNORECASE)) is not None:
-            steps = int(found[1] or 4)
+            steps = int(found[1] or USUAL_STEPS.get(family, 4))
             name = f"{family} ({steps} step{'s' * (steps > 1)})"
             return (name, stem[: found.end()]) if name in PRESETS else None
     return None

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.noise_schedule import X0, VPSchedule
 from ..core.recipe import SiDRecipe, split_architecture
 from ..files.hashing import file_sha256
 from ..files.tensors import DTYPES, LazyTensor, write_tensors
@@ -107,7 +108,12 @@ class Generator:
     def load(self, resolution: int = 0) -> ModelBundle:
         """The generator in fp32 on the CPU, for pictures of the size that it was trained for if none is given."""
         model = self.model.with_tensors(self.merged())
-        return model.load(torch.float32, resolution or self.recipe.training_resolution[0])
+        bundle = model.load(torch.float32, resolution or self.recipe.training_resolution[0])
+        recipe, schedule = self.recipe, bundle.denoiser.schedule
+        if recipe.prediction_type == X0 or recipe.timestep_scale != 1:  # of which the model under it knows nothing
+            assert isinstance(schedule, VPSchedule)
+            bundle.denoiser.schedule = schedule.sampled_as(recipe.prediction_type, recipe.timestep_scale)
+        return bundle
 
     def is_on_another_base(self) -> bool:
         """Whether its adapter is over another model than it was distilled from: reads all of that file, about ten

@@ -279,6 +279,9 @@ class TestRecipeNodes:
         )
         (guided,) = run(nodes["SiDRecipeOverride"], recipe=preset, guidance="cfg", cfg=2.0)
         assert (guided.sampling_guidance, guided.sampling_cfg) == ("cfg", 2.0)
+        for choice, has in (("keep", True), ("yes", True), ("no", False)):
+            (started,) = run(nodes["SiDRecipeOverride"], recipe=preset, unit_variance_start=choice)
+            assert started == replace(preset, unit_variance_start=has)
 
     def test_info(self, nodes, recipes):
         (text,) = run(nodes["SiDRecipeInfo"], recipe=recipes.SiDRecipe())

@@ -68,6 +68,10 @@ def test_a_name_without_guidance_says_none():
         ("sdxl_lightning_2step_unet", "Lightning (2 steps)"),
         ("sdxl_lightning_4step_lora", "Lightning (4 steps)"),
         ("RealVisXL_V5-xl_lightning_8step", "Lightning (8 steps)"),
+        ("sdxl_lightning_1step_x0", "Lightning (1 step)"),
+        ("sdxl_lightning_1step_unet_x0", "Lightning (1 step)"),
+        ("nitrosd-realism_unet", "NitroFusion Realism (1 step)"),
+        ("nitrosd-vibrant_comfyui", "NitroFusion Vibrant (1 step)"),
         ("sdxl-turbo-1step", "Turbo (1 step)"),
         ("sdxl_lcm_8step", "LCM (8 steps)"),
         ("Hyper-SDXL-8steps-lora", "Hyper-SD (8 steps)"),
@@ -92,8 +96,10 @@ def test_presets_of_published_names(name, preset):
 @pytest.mark.parametrize(
     "name",
     [
-        "sdxl_lightning_1step_x0",  # predicts x0
+        "sdxl_lightning_1step",  # that file predicts x0, and its name says so
         "sdxl_lightning_4step_x0",
+        "sdxl_lightning_4step_unet_x0",
+        "nitrosd",
         "sdxl_turbo_8steps",
         "notflash_sdxl",
         "my_sdxl_lcm",

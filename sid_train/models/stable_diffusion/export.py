@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...core.architectures import SDXL
+from ...core.noise_schedule import X0
 from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
@@ -116,6 +117,8 @@ def export(generator: Generator, path: Path, options: ExportOptions) -> list[str
         export_checkpoint(path, generator, dtype, options.vae)
     else:
         export_diffusers(path, generator, dtype, options.vae)
+        if generator.recipe.timestep_scale != 1:
+            return ["diffusers has no scheduler that tells the network scaled timesteps, as this generator needs"]
     return []
 
 
@@ -182,7 +185,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
-            prediction_type=recipe.prediction_type,
+            prediction_type="sample" if recipe.prediction_type == X0 else recipe.prediction_type,
             rescale_betas_zero_snr=recipe.zero_terminal_snr,
             timestep_spacing="trailing",
             clip_sample=False,
