@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -13,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sid_train.core.architectures import SDXL
-from ..sid_train.core.published import preset_of_name
+from ..sid_train.core.published import preset_of_file, require_no_guidance_embedding
 from ..sid_train.core.recipe import (
     PRESETS,
     RecipeError,
@@ -49,9 +47,9 @@ def _recipe_input() -> io.Combo.Input:
         "recipe",
         options=[AUTO, FROM_FILE, *PRESETS],
         default=AUTO,
-        tooltip=f"How to sample the file. '{AUTO}': as its trainer wrote into it, else what its name is known for, "
-        f"which the node then says. '{FROM_FILE}': only what is in it. For a file that says nothing (a merge, a file "
-        "under another name), pick what it was distilled as.",
+        tooltip=f"How to sample the file. '{AUTO}': as its trainer wrote into it, else what its content, its header or "
+        f"its name is known for, which the node then says. '{FROM_FILE}': only what is in it. For a file that says "
+        "nothing (a merge, a file under another name), pick what it was distilled as.",
     )
 
 
@@ -68,21 +66,22 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
     ValueError for a file that is no safetensors file, and for one without a recipe where that is to be in it.
     """
     metadata = read_header(path, path)
-    known = None if has_recipe(metadata) else preset_of_name(Path(path).stem)
+    require_no_guidance_embedding(read_whole_header(path).tensors, path)
+    known = None if has_recipe(metadata) else preset_of_file(path, metadata, read=choice == AUTO)
     if choice == AUTO and known:
-        preset, part = known
+        preset, reason = known
         return (
             PRESETS[preset],
             preset,
             [
-                f"The file does not say how it is to be sampled. It is sampled as '{preset}', for its name has "
-                f"'{part}': if it is something else, set 'recipe'."
+                f"The file does not say how it is to be sampled. It is sampled as '{preset}', for {reason}: if it is "
+                "something else, set 'recipe'."
             ],
         )
     if choice not in (AUTO, FROM_FILE):
         return PRESETS[choice], choice, _replaced(choice, metadata, path)
     if not has_recipe(metadata):
-        or_auto = f"'{AUTO}' ({known[0]}, by its name), or to " if known else ""
+        or_auto = f"'{AUTO}' ({known[0]}, for {known[1]}), or to " if known else ""
         raise ValueError(
             f"{path}: the file does not say how it is to be sampled{'' if known else ', nor does its name'}. Set "
             f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."

@@ -197,6 +197,11 @@ def cosxl(kit: Kit):
     kit.load_unet(kit.tensors | sigmas, recipe=PRESET)
 
 
+@message(r"got time_embed.cond_proj.weight, as LCM's whole UNets have it: .* Use LCM's LoRA")
+def lcm_unet_with_a_guidance_embedding(kit: Kit):
+    kit.load_unet(kit.tensors | {"time_embed.cond_proj.weight": torch.zeros(4, 4)}, recipe="LCM (4 steps)")
+
+
 @message(r"says that it is a flow-matching model \(modelspec.prediction_type is 'flow_matching'\)" + NOT_FOR_IT)
 def flow_matching_file(kit: Kit):
     name = kit.put("diffusion_models", "file.safetensors", kit.tensors, {"modelspec.prediction_type": "flow_matching"})

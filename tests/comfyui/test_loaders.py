@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import conditioning, empty_latent, run, text_of
+from helpers import conditioning, empty_latent, module, run, text_of
 from test_errors import conv_in_lora
 
 
@@ -36,6 +36,19 @@ class TestDiffusionModel:
         _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
         assert read == recipes.PRESETS[preset]
         assert f"It is sampled as '{preset}', for its name has '{part}'" in text_of(caplog)
+
+    def test_content_and_header_are_known_and_told(
+        self, pack, nodes, put, tensors, recipes, caplog, tmp_path, monkeypatch
+    ):
+        name = put("diffusion_models", "renamed.safetensors", tensors, {"modelspec.title": "sdxl turbo"})
+        assert run(nodes["SiDDiffusionModelLoader"], unet_name=name)[1] == recipes.PRESETS["Turbo (4 steps)"]
+        assert "sampled as 'Turbo (4 steps)', for its header has 'sdxl turbo' as modelspec.title" in text_of(caplog)
+        published, file = module(pack, "sid_train.core.published"), tmp_path / "diffusion_models" / name
+        monkeypatch.setattr(published, "SIZES", {file.stat().st_size})
+        sha256 = module(pack, "sid_train.files.hashing").file_sha256(file)
+        monkeypatch.setitem(published.FILES, sha256, ("tianweiy/DMD2", "dmd2_sdxl_4step_unet_fp16"))
+        assert run(nodes["SiDDiffusionModelLoader"], unet_name=name)[1] == recipes.PRESETS["DMD2 (4 steps)"]
+        assert "for its content is that of dmd2_sdxl_4step_unet_fp16 in tianweiy/DMD2" in text_of(caplog)
 
     def test_recipe_in_the_file_counts_before_its_name(self, nodes, put, tensors, recipes, caplog):
         name = put("diffusion_models", "sdxl-turbo.safetensors", tensors, recipes.SiDRecipe().to_metadata())
