@@ -25,6 +25,7 @@ from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared
 from .lora_names import in_kohyas_names
+from .lora_shapes import misfit
 from .models import check_model, fit_preset
 from .parametrisation import sampled_as
 from .start import remember_start
@@ -281,16 +282,28 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
 
 
 def _check_shapes(model, patches: dict, path: str) -> str:
-    """ValueError for a LoRA whose product does not fit the weight: ComfyUI logs that and leaves the weight as it is.
+    """ValueError for a LoRA, or another adapter, that does not fit the weight: ComfyUI logs that and leaves the weight
+    as it is.
 
     Where only the number of the first layer's input channels is another one (SDXL's inpainting UNet has 9), says so.
     """
     other_channels = ""
     for name, patch in patches.items():
-        weight = comfy.utils.get_attr(model.model, name).shape
+        try:
+            weight = comfy.utils.get_attr(model.model, name).shape
+        except AttributeError:  # a bias where this model has none
+            raise ValueError(
+                f"{path}: expected a LoRA for the weights of this SDXL model, but it has one for {shown(name, 200)}, "
+                "which the model does not have. It was made for another model than SDXL, or the file is damaged."
+            ) from None
         got, ranks = _product(patch)
         wanted = (weight[0], weight[1:].numel())
         if got is None or (got == wanted and len(set(ranks)) < 2):
+            if adapter := misfit(patch, weight):
+                raise ValueError(
+                    f"{path}: expected a LoRA for {name}, which is {' x '.join(map(str, weight))}, got {adapter}. It "
+                    "was made for another model than SDXL, or the file is damaged."
+                )
             continue
         channels = got[1] * weight[1] / wanted[1] if len(weight) == 4 else 0
         if name == CONV_IN and got[0] == wanted[0] and len(set(ranks)) < 2 and channels in (4, 8, 9):
@@ -308,9 +321,11 @@ def _check_shapes(model, patches: dict, path: str) -> str:
 
 
 def _product(patch) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """The rows and columns of what a patch adds to a weight, and its ranks; None for kinds that are not looked into."""
+    """The rows and columns of what a patch adds to a weight, and its ranks; None where ``misfit`` looks into it."""
     if getattr(patch, "name", "") == "lora" and patch.weights[3] is None and patch.weights[5] is None:
         up, down = patch.weights[:2]  # with a middle or another target shape the product is another one
+        if min(up.ndim, down.ndim) < 2:
+            return None, ()
         return (up.shape[0], down.shape[1:].numel()), (up.shape[1], down.shape[0])
     if isinstance(patch, tuple) and patch[0] in ("diff", "set") and patch[1][0].ndim > 1:
         return (patch[1][0].shape[0], patch[1][0].shape[1:].numel()), ()
