@@ -155,6 +155,7 @@ HASHES = {
         "pcm_sdxl_smallcfg_8step_converted": "56ed9dc9f51f4bb0d6172e13b7947f215c347fc0da341c8951b2c12b9507d09e",
         "pcm_sdxl_smallcfg_16step_converted": "3442eff271aa3b60a094fd6f9169d03e49e4051044a974f6fcf690507959191f",
         "pcm_sdxl_normalcfg_4step_converted": "9f7f13bb019925eacd89aeff678e4fd831f7b60245b986855dff6634aee4eba9",
+        "pcm_sdxl_normalcfg_16step_converted": "7eb353b2abcaabab6251ba4e17d6cbe2e763feb0674b0f950555552212b44621",
     },
     "ChenDY/NitroFusion": {
         "nitrosd-realism_unet": "ae2e3bf8a6c4d49710436563643eca6409837568a30e4614d7be6c9cf953477b",
