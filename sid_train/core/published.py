@@ -171,7 +171,7 @@ SIZES = {
 }
 # What trainers call the file that they write. ss_sd_model_name is not among them: it is what a LoRA was trained on.
 NAME_KEYS = ("modelspec.title", "ss_output_name")
-GUIDANCE_EMBEDDING = re.compile(r"(^|\.)time_embed(ding)?\.cond_proj\.weight$")
+GUIDANCE_EMBEDDING = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")  # ldm's name, diffusers'
 LONGEST_NAME = 200
 
 
@@ -207,7 +207,7 @@ def require_no_guidance_embedding(names: Iterable[str], path: str | Path) -> Non
     """ValueError for a UNet with tensors ``names`` that reads the guidance scale as an input, as LCM's whole UNets do:
     neither ComfyUI's UNet nor ours has that input, so that its pictures would be wrong.
     """
-    if (name := next(filter(GUIDANCE_EMBEDDING.search, names), None)) is not None:
+    if (name := next((name for name in names if name.endswith(GUIDANCE_EMBEDDING)), None)) is not None:
         raise ValueError(
             f"{shown(path)}: expected a UNet without an embedding of the guidance scale, got {shown(name, 200)}, as "
             "LCM's whole UNets have it: its pictures would be wrong without that input. Use LCM's LoRA "

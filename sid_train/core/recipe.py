@@ -367,7 +367,7 @@ def read_recipe(path: str | Path) -> SiDRecipe:
 
 def _preset(timesteps: tuple[int, ...], **facts: Any) -> SiDRecipe:
     values: dict[str, Any] = {"timesteps": timesteps, "t_init": timesteps[0], "ladder": "explicit"}
-    return replace(SiDRecipe(), **values | facts)
+    return SiDRecipe(**values | facts)
 
 
 def _of_ladder(ladder: str, steps: int, **facts: Any) -> SiDRecipe:

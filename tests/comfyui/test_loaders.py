@@ -397,6 +397,9 @@ class TestRecipeNodes:
         )
         (guided,) = run(nodes["SiDRecipeOverride"], recipe=preset, guidance="cfg", cfg=2.0)
         assert (guided.sampling_guidance, guided.sampling_cfg) == ("cfg", 2.0)
+        # Prompts that were made before there was this input do not have it.
+        inputs = {i.id: i for i in nodes["SiDRecipeOverride"].define_schema().inputs}
+        assert inputs["unit_variance_start"].optional
         for choice, has in (("keep", True), ("yes", True), ("no", False)):
             (started,) = run(nodes["SiDRecipeOverride"], recipe=preset, unit_variance_start=choice)
             assert started == replace(preset, unit_variance_start=has)
