@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..sid_train.core.noise_schedule import X0
 from ..sid_train.files.reading import shown
 from ..sid_train.models.stable_diffusion.statements import UNSUPPORTED, kinds
 
 
 def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lora: bool) -> list[str]:
-    """What the user should be told where the header of ``path`` and the loaded model, which ``predicts`` epsilon or
-    v_prediction, disagree. ValueError for a kind that few-step presets are not for, and for a LoRA of the other kind.
+    """What the user should be told where the header of ``path`` and the loaded model, which ``predicts`` epsilon,
+    v_prediction or x0, disagree. ValueError for a kind that few-step presets are not for, and for a LoRA of the other
+    kind.
     """
     found = {kind: f"{name} is {shown(value, 40)!r}" for name, value, kind in kinds(metadata)}
     # Tools fill in epsilon for what they do not know.
     kind = next((kind for kind in (*UNSUPPORTED, "v_prediction", "epsilon") if kind in found), "")
     where = found.get(kind, "")
+    if kind == "sample" and predicts == X0:
+        return []
     if kind in UNSUPPORTED:
+        others = " but 'Lightning (1 step)'" * (kind == "sample")
         raise ValueError(
-            f"{path}: its header says that it {UNSUPPORTED[kind]} ({where}). Few-step presets are not for it: "
+            f"{path}: its header says that it {UNSUPPORTED[kind]} ({where}). Few-step presets{others} are not for it: "
             "sample it with ComfyUI's own nodes."
         )
     if kind in ("", predicts):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -13,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sid_train.core.architectures import STABLE_DIFFUSION
-from ..sid_train.core.published import preset_of_name
+from ..sid_train.core.published import preset_of_file, require_no_guidance_embedding
 from ..sid_train.core.recipe import (
     PRESETS,
     RecipeError,
@@ -27,7 +25,9 @@ from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared
 from .lora_names import in_kohyas_names
-from .models import check_model, fit_preset, follow_recipe
+from .lora_shapes import misfit
+from .models import check_model, fit_preset
+from .parametrisation import sampled_as
 from .start import remember_start
 from .weights import check_numbers, check_unet, loading
 
@@ -48,9 +48,9 @@ def _recipe_input() -> io.Combo.Input:
         "recipe",
         options=[AUTO, FROM_FILE, *PRESETS],
         default=AUTO,
-        tooltip=f"How to sample the file. '{AUTO}': as its trainer wrote into it, else what its name is known for, "
-        f"which the node then says. '{FROM_FILE}': only what is in it. For a file that says nothing (a merge, a file "
-        "under another name), pick what it was distilled as.",
+        tooltip=f"How to sample the file. '{AUTO}': as its trainer wrote into it, else what its content, its header or "
+        f"its name is known for, which the node then says. '{FROM_FILE}': only what is in it. For a file that says "
+        "nothing (a merge, a file under another name), pick what it was distilled as.",
     )
 
 
@@ -67,21 +67,22 @@ def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
     ValueError for a file that is no safetensors file, and for one without a recipe where that is to be in it.
     """
     metadata = read_header(path, path)
-    known = None if has_recipe(metadata) else preset_of_name(Path(path).stem)
+    require_no_guidance_embedding(read_whole_header(path).tensors, path)
+    known = None if has_recipe(metadata) else preset_of_file(path, metadata, read=choice == AUTO)
     if choice == AUTO and known:
-        preset, part = known
+        preset, reason = known
         return (
             PRESETS[preset],
             preset,
             [
-                f"The file does not say how it is to be sampled. It is sampled as '{preset}', for its name has "
-                f"'{part}': if it is something else, set 'recipe'."
+                f"The file does not say how it is to be sampled. It is sampled as '{preset}', for {reason}: if it is "
+                "something else, set 'recipe'."
             ],
         )
     if choice not in (AUTO, FROM_FILE):
         return PRESETS[choice], choice, _replaced(choice, metadata, path)
     if not has_recipe(metadata):
-        or_auto = f"'{AUTO}' ({known[0]}, by its name), or to " if known else ""
+        or_auto = f"'{AUTO}' ({known[0]}, for {known[1]}), or to " if known else ""
         raise ValueError(
             f"{path}: the file does not say how it is to be sampled{'' if known else ', nor does its name'}. Set "
             f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."
@@ -103,7 +104,7 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
         own = SiDRecipe.from_metadata(metadata, path)
     except RecipeError as error:
         return [f"'{choice}' replaces the file's own recipe, which cannot be read ({error})."]
-    chain = ("timesteps", "noise_mode", "noise_gamma", "unit_variance_start")
+    chain = ("timesteps", "noise_mode", "noise_gamma", "unit_variance_start", "timestep_scale")
     if all(getattr(own, name) == getattr(PRESETS[choice], name) for name in chain):
         return []
     return [
@@ -119,11 +120,10 @@ def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool =
     A preset takes architecture and prediction type from the model, which is the file's own unless ``is_lora``.
     """
     messages = []
+    model = sampled_as(model, recipe, path, not is_lora, is_own=choice == FROM_FILE and not is_lora)
     if choice != FROM_FILE:
         recipe = fit_preset(model, recipe, path, not is_lora)
         messages = check_declared(read_header(path, path), recipe.prediction_type, path, is_lora)
-    elif not is_lora:
-        model = follow_recipe(model, recipe, path)
     check_model(model, recipe, path, not is_lora)
     return model, recipe, messages
 
@@ -283,16 +283,28 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
 
 
 def _check_shapes(model, patches: dict, path: str) -> str:
-    """ValueError for a LoRA whose product does not fit the weight: ComfyUI logs that and leaves the weight as it is.
+    """ValueError for a LoRA, or another adapter, that does not fit the weight: ComfyUI logs that and leaves the weight
+    as it is.
 
     Where only the number of the first layer's input channels is another one (SDXL's inpainting UNet has 9), says so.
     """
     other_channels = ""
     for name, patch in patches.items():
-        weight = comfy.utils.get_attr(model.model, name).shape
+        try:
+            weight = comfy.utils.get_attr(model.model, name).shape
+        except AttributeError:  # a bias where this model has none
+            raise ValueError(
+                f"{path}: expected a LoRA for the weights of this model, but it has one for {shown(name, 200)}, "
+                "which the model does not have. It was made for another model than this one, or the file is damaged."
+            ) from None
         got, ranks = _product(patch)
         wanted = (weight[0], weight[1:].numel())
         if got is None or (got == wanted and len(set(ranks)) < 2):
+            if adapter := misfit(patch, weight):
+                raise ValueError(
+                    f"{path}: expected a LoRA for {name}, which is {' x '.join(map(str, weight))}, got {adapter}. It "
+                    "was made for another model than this one, or the file is damaged."
+                )
             continue
         channels = got[1] * weight[1] / wanted[1] if len(weight) == 4 else 0
         if name == CONV_IN and got[0] == wanted[0] and len(set(ranks)) < 2 and channels in (4, 8, 9):
@@ -310,9 +322,11 @@ def _check_shapes(model, patches: dict, path: str) -> str:
 
 
 def _product(patch) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    """The rows and columns of what a patch adds to a weight, and its ranks; None for kinds that are not looked into."""
+    """The rows and columns of what a patch adds to a weight, and its ranks; None where ``misfit`` looks into it."""
     if getattr(patch, "name", "") == "lora" and patch.weights[3] is None and patch.weights[5] is None:
         up, down = patch.weights[:2]  # with a middle or another target shape the product is another one
+        if min(up.ndim, down.ndim) < 2:
+            return None, ()
         return (up.shape[0], down.shape[1:].numel()), (up.shape[1], down.shape[0])
     if isinstance(patch, tuple) and patch[0] in ("diff", "set") and patch[1][0].ndim > 1:
         return (patch[1][0].shape[0], patch[1][0].shape[1:].numel()), ()

@@ -51,6 +51,9 @@ def in_kohyas_names(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
     peft = _peft_configuration(metadata, path)
     for kohya, module in modules.items():
         down = found.get(f"{kohya}.lora_down.weight")
+        magnitude = f"{kohya}.dora_scale"
+        if down is not None and magnitude in found:  # beside a convolution's weight it needs all of its axes
+            found[magnitude] = found[magnitude].reshape(-1, *[1] * (down.ndim - 1))
         if peft and down is not None and f"{kohya}.alpha" not in found:
             found[f"{kohya}.alpha"] = torch.tensor(_alpha(peft, module, len(down)))
     return found

@@ -8,6 +8,7 @@ import comfy.model_base
 import comfy.model_sampling
 
 from ..sid_train.core.architectures import SD1, SD2, SDXL, STABLE_DIFFUSION, Architecture
+from ..sid_train.core.noise_schedule import X0
 from ..sid_train.core.recipe import SiDRecipe, split_architecture
 
 # What ComfyUI calls other samplings of networks of these classes, and what they are.
@@ -36,8 +37,8 @@ def architecture_of(network, source: str) -> Architecture:
 
 
 def check_network(network, sampling, source: str, is_file: bool = False) -> str:
-    """``epsilon`` or ``v_prediction``; ValueError for a model that is not of SD 1.x, 2.x or SDXL, or not sampled as
-    these are.
+    """``epsilon``, ``v_prediction`` or ``x0``; ValueError for a model that is none of SD 1.x, 2.x and SDXL, or is not
+    sampled as these are.
 
     network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is;
     is_file: ``source`` is the model's own file, with no node in between
@@ -49,6 +50,8 @@ def check_network(network, sampling, source: str, is_file: bool = False) -> str:
             return "epsilon"
         if comfy.model_sampling.V_PREDICTION in bases:
             return "v_prediction"
+        if comfy.model_sampling.X0 in bases:
+            return X0
     names = [base.__name__ for base in bases]
     kind = PARAMETRISATIONS.get(f"{names[-1]} on {names[0]}") or PARAMETRISATIONS.get(names[-1])
     cure = (
@@ -72,30 +75,25 @@ def fit_preset(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> 
     """A preset with MODEL's architecture, prediction type and noise schedule (see ``check_network``)."""
     sampling = model.get_model_object("model_sampling")
     predicts = check_network(model.model, sampling, source, is_file)
+    _check_parametrisation(sampling, predicts, recipe, source)
     facts = {"prediction_type": predicts, "zero_terminal_snr": has_zero_terminal_snr(sampling)}
     return dataclasses.replace(recipe, **facts).for_architecture(architecture_of(model.model, source))
 
 
-def follow_recipe(model, recipe: SiDRecipe, source: str):
-    """MODEL with the prediction type and the noise schedule of the recipe in its file. Itself for SDXL, where ComfyUI
-    reads both from tensors in the file; for SD 1.x it takes all files for epsilon, for 2.x it guesses. ValueError as
-    ``check_network``.
-
-    source: the model's file
-    """
-    sampling, is_v = model.get_model_object("model_sampling"), recipe.prediction_type == "v_prediction"
-    predicts = check_network(model.model, sampling, source, is_file=True)
-    facts = (predicts, has_zero_terminal_snr(sampling))
-    if (recipe.prediction_type, recipe.zero_terminal_snr) == facts or architecture_of(model.model, source) is SDXL:
-        return model
-    kind = comfy.model_sampling.V_PREDICTION if is_v else comfy.model_sampling.EPS
-
-    class Sampling(comfy.model_sampling.ModelSamplingDiscrete, kind):
-        """As ComfyUI's ModelSamplingDiscrete makes it."""
-
-    patched = model.clone()
-    patched.add_object_patch("model_sampling", Sampling(model.model.model_config, zsnr=recipe.zero_terminal_snr))
-    return patched
+def _check_parametrisation(sampling, predicts: str, recipe: SiDRecipe, source: str) -> None:
+    """ValueError where the network is another one than the recipe says in what SiD's loaders alone set up."""
+    cure = "SiD's loaders set that up: load the file with one of them and with this recipe, and connect what it gives."
+    if recipe.prediction_type == X0 and predicts != X0:
+        raise ValueError(
+            f"{source}: its recipe is for a network that predicts the picture itself (x0), but ComfyUI takes it for "
+            f"{predicts}. {cure} ModelSamplingDiscrete with 'x0' does the same."
+        )
+    scale = getattr(sampling, "timestep_scale", 1.0)
+    if scale != recipe.timestep_scale:
+        raise ValueError(
+            f"{source}: its recipe is for a network that is told timesteps scaled by {recipe.timestep_scale:g}, but "
+            f"this one is told timesteps scaled by {scale:g}. {cure}"
+        )
 
 
 def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> None:
@@ -110,6 +108,7 @@ def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) ->
             f"{architecture.people}. Recipe and model belong together: choose the other one. A preset takes the "
             "model's: connect 'model' of SiD Recipe Override."
         )
+    _check_parametrisation(sampling, predicts, recipe, source)
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "

@@ -15,6 +15,7 @@ from .common import RecipeType, printable, schema, show
 from .models import fit_preset
 
 KEEP = "keep"
+STARTS = {"yes": True, "no": False}
 
 
 class SiDRecipeInfo(io.ComfyNode):
@@ -89,6 +90,15 @@ class SiDRecipeOverride(io.ComfyNode):
                     step=0.05,
                     tooltip="Scale of that guidance; read only where 'guidance' is changed.",
                 ),
+                io.Combo.Input(  # workflows made before there was this input do not have it
+                    "unit_variance_start",
+                    options=[KEEP, *STARTS],
+                    default=KEEP,
+                    optional=True,
+                    tooltip="What the first step is given. yes: noise of unit variance (DMD2, LCM, TCD, Hyper-SD); no: "
+                    "noise of the first timestep's level (SiD, Lightning, Turbo). The lower that timestep, the more "
+                    "they differ.",
+                ),
             ],
             outputs=[RecipeType.Output(display_name="recipe", tooltip="The changed recipe.")],
         )
@@ -102,6 +112,7 @@ class SiDRecipeOverride(io.ComfyNode):
         noise_mode: str,
         guidance: str,
         cfg: float,
+        unit_variance_start: str = KEEP,
         recipe: SiDRecipe | None = None,
         model=None,
     ) -> io.NodeOutput:
@@ -117,6 +128,8 @@ class SiDRecipeOverride(io.ComfyNode):
             changes["noise_mode"] = noise_mode
         if guidance != KEEP:
             changes |= {"sampling_guidance": guidance, "sampling_cfg": cfg}
+        if unit_variance_start != KEEP:
+            changes["unit_variance_start"] = STARTS[unit_variance_start]
         return io.NodeOutput(replace(recipe, **changes))
 
 

@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.architectures import STABLE_DIFFUSION
-from ..core.published import GUESSED_T_INIT, preset_of_name, recipe_of_name
+from ..core.noise_schedule import X0
+from ..core.published import GUESSED_T_INIT, preset_of_file, recipe_of_name, require_no_guidance_embedding
 from ..core.recipe import PRESETS, SiDRecipe
 from ..core.timesteps import DEFAULT_T_INIT, LADDERS, timestep_ladder
+from ..files.header import read_header, read_safetensors_metadata
+from ..files.pickles import is_pickle
 from ..files.reading import shown
 from ..models.family import refuse_to_overwrite
 from ..models.stable_diffusion.export import convert_unet, open_network
@@ -32,12 +35,14 @@ def convert(
         raise ValueError(f"--base: the format {format_} has no text encoders and no VAE: give --format checkpoint")
     refuse_to_overwrite(out, [file])
     chosen, notes = choose_recipe(file, recipe, steps, t_init)
+    if not is_pickle(file):
+        require_no_guidance_embedding(read_header(file).tensors, file)
     parts = open_network(file)
     architecture = STABLE_DIFFUSION[parts.architecture]
     notes.append(f"a UNet of {architecture.people}, by its tensors")
     chosen = replace(
         chosen,
-        prediction_type=parts.prediction_type,
+        prediction_type=X0 if chosen.prediction_type == X0 else parts.prediction_type,
         zero_terminal_snr=parts.zero_terminal_snr,
         title=shown(file.stem),
     ).for_architecture(architecture)
@@ -49,7 +54,7 @@ def convert(
 def choose_recipe(
     file: Path, preset: str | None, steps: int | None = None, t_init: int | None = None
 ) -> tuple[SiDRecipe, list[str]]:
-    """How a file is to be sampled, and whence each fact is known: what is given, else what its name says."""
+    """How a file is to be sampled, and whence each fact is known: what is given, else what the file says."""
     notes: list[str] = []
     stem = shown(file.stem)
     if preset is not None:
@@ -58,8 +63,8 @@ def choose_recipe(
         chosen = PRESETS[preset]
     elif (named := recipe_of_name(stem)) is not None:
         chosen, notes = named
-    elif (published := preset_of_name(stem)) is not None:
-        chosen, notes = PRESETS[published[0]], [f"recipe: {published[0]}, as the name says ({published[1]})"]
+    elif (published := preset_of_file(file, {} if is_pickle(file) else read_safetensors_metadata(file))) is not None:
+        chosen, notes = PRESETS[published[0]], [f"recipe: {published[0]}, for {published[1]}"]
     elif steps is None:
         raise ValueError(
             f"{shown(file)}: its name does not say how it is sampled: give --steps (and --t-init), or --recipe with "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.recipe import SiDRecipe
+from ..files.header import read_safetensors_metadata
+from ..files.images import THUMBNAIL_LIMIT, thumbnail
+from ..files.reading import shown
 from ..models.families import export_generator, open_generator, open_model
 from ..models.family import ExportOptions, Generator, refuse_to_overwrite
+from ..training.callbacks import Grids
 from ..training.run import RunFolder
 
 
@@ -47,6 +52,9 @@ def export_any(
         if iteration:
             raise ValueError("--iteration: only for a run's folder")
         generator = open_generator(str(source), base)
+        picture = read_safetensors_metadata(source).get("modelspec.thumbnail", "")
+        if picture.startswith("data:image/") and len(picture) <= THUMBNAIL_LIMIT:
+            generator = replace(generator, thumbnail=picture)
         under = open_model(base) if base and format_ == "lora" and not generator.adapter else None
         warnings = [f"warning: {another_base(generator)}"] if generator.is_on_another_base() else []
     else:
@@ -60,9 +68,20 @@ def export_any(
             generator = folder.open_generator(iteration, base)  # it was moved, and is what to extract against too
         under = open_model(base) if base else generator.model
         refuse_to_overwrite(path, [*folder.checkpoints(), folder.snapshot(0, sharded=False).parent])
-        warnings = []
+        generator, warnings = _with_thumbnail(generator, folder)
     options = ExportOptions(format_, dtype, vae, rank, energy, under)
     return generator.recipe, warnings + export_generator(generator, path, options)
+
+
+def _with_thumbnail(generator: Generator, folder: RunFolder) -> tuple[Generator, list[str]]:
+    """``generator`` with pictures of it that the run drew, where it drew some, and what the user should know."""
+    grid = folder.newest_grid(int(generator.recipe.training_summary["iterations"]))
+    if grid is None:
+        return generator, []
+    try:
+        return replace(generator, thumbnail=thumbnail(grid, Grids.COLUMNS)), []
+    except OSError as error:
+        return generator, [f"warning: the file has no thumbnail, for {shown(grid)} cannot be read: {shown(error)}"]
 
 
 def another_base(generator: Generator) -> str:

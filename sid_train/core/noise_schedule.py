@@ -8,6 +8,7 @@ the network's dtype (tables are computed in fp64).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +19,9 @@ from .timesteps import timestep_ladder
 
 PredictionType = Literal["epsilon", "v_prediction"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+"""Those of teachers."""
+X0 = "x0"
+"""The prediction type of a few generators (SDXL-Lightning's for one step), which predict the picture itself."""
 
 # What ComfyUI puts at the last step of a zero-terminal-SNR schedule, where the true value, 0, has no finite sigma.
 ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08
@@ -77,16 +81,27 @@ class NoiseSchedule(ABC):
 
 
 class VPSchedule(NoiseSchedule):
-    """A discrete variance-preserving schedule, SDXL's and its relatives'. ``sigmas`` is fp32, ascending, [steps]."""
+    """A discrete variance-preserving schedule, SDXL's and its relatives'. ``sigmas`` is fp32, ascending, [steps].
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: PredictionType = "epsilon"):
+    timestep_scale: the network is told ``floor(timestep_scale * t)`` at timestep t, and its output means what it means
+        at that timestep (NitroFusion, arXiv 2412.02030, whose scheduler is in the README of ChenDarYen/NitroFusion)
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon", timestep_scale: float = 1.0):
         alphas_cumprod = alphas_cumprod.double()
         self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
         self.log_sigmas = self.sigmas.log()
-        self.prediction_type: PredictionType = prediction_type
+        self.prediction_type = prediction_type
+        self.timestep_scale = timestep_scale
+
+    def sampled_as(self, prediction_type: str, timestep_scale: float) -> VPSchedule:
+        """The same noise levels for a generator that was made of such a network."""
+        schedule = copy(self)
+        schedule.prediction_type, schedule.timestep_scale = prediction_type, timestep_scale
+        return schedule
 
     @classmethod
-    def sdxl(cls, zero_terminal_snr: bool = False, prediction_type: PredictionType = "epsilon") -> VPSchedule:
+    def sdxl(cls, zero_terminal_snr: bool = False, prediction_type: str = "epsilon") -> VPSchedule:
         return cls(scaled_linear_alphas_cumprod(zero_terminal_snr=zero_terminal_snr), prediction_type)
 
     def __len__(self) -> int:
@@ -103,12 +118,16 @@ class VPSchedule(NoiseSchedule):
         low = high - 1
         timestep = low + (log_sigma - table[low]) / (table[high] - table[low])
         nearest = timestep.round()
-        return torch.where((timestep - nearest).abs() < 1e-3, nearest, timestep)
+        timestep = torch.where((timestep - nearest).abs() < 1e-3, nearest, timestep)
+        return timestep if self.timestep_scale == 1 else (timestep * self.timestep_scale).floor()
 
     def scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x * input_scale(sigma, x)
 
     def to_x0(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.timestep_scale != 1:
+            told = self.sigma(self.timestep(sigma))
+            x, sigma = self.scale_input(x, sigma) / input_scale(told, x), told
         return prediction_to_x0(prediction, x, sigma, self.prediction_type)
 
 
@@ -122,15 +141,17 @@ def input_scale(sigma: Tensor, x: Tensor) -> Tensor:
     return (1 + expand(sigma, x) ** 2).rsqrt()
 
 
-def prediction_to_x0(prediction: Tensor, x: Tensor, sigma: Tensor, prediction_type: PredictionType) -> Tensor:
-    """What the network said (eps or v) about ``x`` [B, ...] at sigma [B], as x0 in fp32."""
+def prediction_to_x0(prediction: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """What the network said (eps, v or x0) about ``x`` [B, ...] at sigma [B], as x0 in fp32."""
     s = expand(sigma, x)
     x, prediction = x.float(), prediction.float()
     if prediction_type == "epsilon":
         return x - s * prediction
     if prediction_type == "v_prediction":
         return x / (1 + s**2) - prediction * s * (1 + s**2).rsqrt()
-    raise ValueError(f"prediction type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+    if prediction_type == X0:
+        return prediction
+    raise ValueError(f"prediction type: expected one of {', '.join((*PREDICTION_TYPES, X0))}, got {prediction_type!r}")
 
 
 def x0_to_epsilon(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

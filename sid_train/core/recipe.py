@@ -18,7 +18,7 @@ import torch
 from ..files.header import read_safetensors_metadata
 from ..files.reading import shown
 from .architectures import SDXL, STABLE_DIFFUSION, Architecture
-from .noise_schedule import PREDICTION_TYPES, VPSchedule
+from .noise_schedule import PREDICTION_TYPES, X0, VPSchedule
 from .sampling import DEFAULT_GAMMA, NOISE_MODES, SID_NOISE_MODES, NoiseMode
 from .timesteps import DEFAULT_T_INIT, LADDERS, MAX_SID_STEPS, check_timesteps, ladder_timesteps, timestep_ladder
 
@@ -70,7 +70,9 @@ class SiDRecipe:
     noise_mode: of the steps after the first, see ``sampling.noise_sampler``
     noise_gamma: of the noise mode ``tcd``: 0 takes the implied noise alone, 1 a fresh one alone
     unit_variance_start: the network's first input is noise of unit variance (DMD2, LCM), not noised zeros (SiD)
-    prediction_type: what the network predicts: epsilon, v_prediction, or flow (the velocity of rectified flow)
+    prediction_type: what the network predicts: epsilon, v_prediction, x0 (the picture itself), or flow (the velocity of
+        rectified flow)
+    timestep_scale: of the timestep that the network is told, see ``VPSchedule``
     training_resolution: height and width in pixels
     base_model_hash: SHA-256 of the teacher's file, hex, or "" when unknown
     sampling_guidance, sampling_cfg: how to sample it; ``none`` and 1.0 for every SiD generator
@@ -87,6 +89,7 @@ class SiDRecipe:
     noise_mode: NoiseMode = "fresh"
     noise_gamma: float = DEFAULT_GAMMA
     unit_variance_start: bool = False
+    timestep_scale: float = 1.0
     training_resolution: tuple[int, int] = (1024, 1024)
     base_model_hash: str = ""
     licence: str = ""
@@ -102,7 +105,7 @@ class SiDRecipe:
             if value not in allowed:
                 raise RecipeError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}")
 
-        one_of("sid.prediction_type", self.prediction_type, (*PREDICTION_TYPES, FLOW))
+        one_of("sid.prediction_type", self.prediction_type, (*PREDICTION_TYPES, X0, FLOW))
         one_of("sid.noise_mode", self.noise_mode, NOISE_MODES)
         one_of("sid.unconditional", self.unconditional, UNCONDITIONALS)
         one_of("sid.sampling.guidance", self.sampling_guidance, SAMPLING_GUIDANCES)
@@ -126,6 +129,10 @@ class SiDRecipe:
                 )
         if not 0 <= self.noise_gamma <= 1:
             raise RecipeError(f"sid.noise_gamma: expected 0 to 1, got {self.noise_gamma}")
+        if not 0 < self.timestep_scale <= 1:
+            raise RecipeError(f"sid.timestep_scale: expected more than 0 and at most 1, got {self.timestep_scale}")
+        if self.timestep_scale != 1 and self.noise_mode == "tcd":  # it steps by what the network is told
+            raise RecipeError("sid.noise_mode: expected another one than tcd with a sid.timestep_scale, got tcd")
         if min(self.training_resolution) <= 0:
             raise RecipeError(f"sid.training_resolution: expected two sizes above 0, got {self.training_resolution}")
         for scale in ("fake_train", "fake_eval", "teacher"):
@@ -145,6 +152,27 @@ class SiDRecipe:
         """What a file is called whose ``title`` is empty."""
         return f"{self.base_model} SiD {self.steps}-step"
 
+    @property
+    def kohya_version(self) -> str:
+        """What kohya's trainers call the base model (``ss_base_model_version``); empty for no Stable Diffusion."""
+        known = STABLE_DIFFUSION.get(split_architecture(self.architecture)[0])
+        if known is None:
+            return ""
+        return known.kohya_v if self.prediction_type == "v_prediction" else known.kohya
+
+    @property
+    def description(self) -> str:
+        """One line for people who see the file in a model manager: what it is, and how it is sampled."""
+        noise = "" if self.steps == 1 else f", {self.noise_mode} noise between them"
+        guidance = "without classifier-free guidance (CFG 1)"
+        if self.sampling_guidance != "none":
+            guidance = f"with guidance: {self.sampling_guidance} (scale {self.sampling_cfg:g})"
+        return (
+            f"A few-step generator distilled from {self.base_model}. Sample it in {self.steps} step"
+            f"{'s' * (self.steps > 1)} (timestep{'s' * (self.steps > 1)} {' '.join(map(str, self.timesteps))}{noise}), "
+            f"{guidance}."
+        )
+
     def timesteps_for(self, steps: int | None = None) -> list[int]:
         """The trained timesteps, or for another number of steps those of its ladder."""
         if steps is None or steps == self.steps:
@@ -161,8 +189,11 @@ class SiDRecipe:
 
     @property
     def format_version(self) -> int:
-        """The oldest that can say this recipe: 2 knows other families' chains, 3 SD 1.x and 2.x."""
-        if "sid.architecture" in self._architecture_keys():
+        """The oldest that can say this recipe: 2 knows other families' chains, 3 SD 1.x and 2.x, networks that predict
+        x0 and those that are told other timesteps.
+        """
+        is_newest = self.prediction_type == X0 or self.timestep_scale != 1 or self.ladder == "quarters"
+        if is_newest or "sid.architecture" in self._architecture_keys():
             return 3
         known = self.ladder in ("sid", "explicit") and self.noise_mode in SID_NOISE_MODES
         return 1 if known and self.steps <= MAX_SID_STEPS else 2
@@ -197,14 +228,24 @@ class SiDRecipe:
             "modelspec.sai_model_spec": SAI_MODEL_SPEC,
             **self._architecture_keys(),
             "modelspec.title": self.title or self.default_title,
+            "modelspec.description": self.description,
+            "modelspec.tags": ", ".join(self._tags()),
+            "modelspec.base_model": self.base_model,
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.license": self.licence,
         }
         if self.noise_mode == "tcd":
             metadata["sid.noise_gamma"] = repr(float(self.noise_gamma))
+        if self.timestep_scale != 1:
+            metadata["sid.timestep_scale"] = repr(float(self.timestep_scale))
         if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
-            metadata["modelspec.predict_key"] = key
+            # The second is the standard's own word for it, the first that of the tools that came before it was one.
+            metadata |= {"modelspec.predict_key": key, "modelspec.prediction_type": key}
         return metadata
+
+    def _tags(self) -> list[str]:
+        known = STABLE_DIFFUSION.get(split_architecture(self.architecture)[0])
+        return [*(["text-to-image", known.people] if known else []), "distilled", "few-step", f"{self.steps}-step"]
 
     def _architecture_keys(self) -> dict[str, str]:
         name, is_lora = split_architecture(self.architecture)
@@ -250,6 +291,7 @@ class SiDRecipe:
             "noise_mode": reader.text("sid.noise_mode"),
             "noise_gamma": reader.number("sid.noise_gamma", float, str(DEFAULT_GAMMA)),
             "unit_variance_start": reader.boolean("sid.unit_variance_start"),
+            "timestep_scale": reader.number("sid.timestep_scale", float, "1.0"),
             "training_resolution": (resolution[0], resolution[1]),
             "base_model_hash": reader.text("sid.base_model_hash"),
             "licence": reader.text("sid.licence"),
@@ -279,7 +321,8 @@ class SiDRecipe:
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
-            *([("sigmas", self._sigmas())] if self.prediction_type in PREDICTION_TYPES else []),
+            *([("sigmas", self._sigmas())] if self.prediction_type != FLOW else []),
+            *([("the network is told", self._told())] if self.timestep_scale != 1 else []),
             (
                 "noise mode",
                 self.noise_mode
@@ -309,6 +352,10 @@ class SiDRecipe:
         sigmas = VPSchedule.sdxl(self.zero_terminal_snr).sigma(torch.tensor(self.timesteps))
         return " ".join(f"{s:.4f}" for s in sigmas.tolist())
 
+    def _told(self) -> str:
+        told = " ".join(str(math.floor(t * self.timestep_scale)) for t in self.timesteps)
+        return f"timesteps {told}  (scaled by {self.timestep_scale:g})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -328,7 +375,7 @@ def read_recipe(path: str | Path) -> SiDRecipe:
 
 def _preset(timesteps: tuple[int, ...], **facts: Any) -> SiDRecipe:
     values: dict[str, Any] = {"timesteps": timesteps, "t_init": timesteps[0], "ladder": "explicit"}
-    return replace(SiDRecipe(), **values | facts)
+    return SiDRecipe(**values | facts)
 
 
 def _of_ladder(ladder: str, steps: int, **facts: Any) -> SiDRecipe:
@@ -351,6 +398,7 @@ PRESETS: dict[str, SiDRecipe] = {
     "Lightning (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim"),
     "Lightning (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim"),
     "Lightning (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim"),
+    "Lightning (1 step)": _preset((999,), prediction_type=X0),
     "Hyper-SD (8 steps)": _of_ladder("trailing", 8, noise_mode="ddim", unit_variance_start=True),
     "Hyper-SD (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim", unit_variance_start=True),
     "Hyper-SD (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim", unit_variance_start=True),
@@ -364,6 +412,10 @@ PRESETS: dict[str, SiDRecipe] = {
     "PCM (4 steps)": _of_ladder("trailing", 4, noise_mode="ddim", unit_variance_start=True),
     "PCM (2 steps)": _of_ladder("trailing", 2, noise_mode="ddim", unit_variance_start=True),
     "Flash (4 steps)": _of_ladder("consistency", 4, unit_variance_start=True),
+    "NitroFusion Realism (4 steps)": _of_ladder("quarters", 4, unit_variance_start=True, timestep_scale=0.25),
+    "NitroFusion Realism (1 step)": _of_ladder("quarters", 1, unit_variance_start=True, timestep_scale=0.25),
+    "NitroFusion Vibrant (4 steps)": _of_ladder("quarters", 4, unit_variance_start=True, timestep_scale=0.5),
+    "NitroFusion Vibrant (1 step)": _of_ladder("quarters", 1, unit_variance_start=True, timestep_scale=0.5),
 }
 
 

@@ -38,10 +38,18 @@ def turbo_timesteps(steps: int) -> list[int]:
     return [999 - 100 * k for k in range(steps)]
 
 
+def quarter_timesteps(steps: int) -> list[int]:
+    """``steps`` of 999, 749, 499, 249, spread as diffusers' ``LCMScheduler`` spreads them: NitroFusion's."""
+    if steps > 4:
+        raise ValueError(f"steps: expected 1 to 4 of NitroFusion's timesteps, got {steps}")
+    return [999 - 250 * (4 * k // steps) for k in range(steps)]
+
+
 LADDERS: dict[str, Callable[[int], list[int]]] = {
     "trailing": trailing_timesteps,
     "consistency": consistency_timesteps,
     "turbo": turbo_timesteps,
+    "quarters": quarter_timesteps,
 }
 """How other families than SiD take another number of steps. All begin at 999."""
 

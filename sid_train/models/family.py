@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.noise_schedule import X0, VPSchedule
 from ..core.recipe import SiDRecipe, split_architecture
 from ..files.hashing import file_sha256
 from ..files.tensors import DTYPES, LazyTensor, write_tensors
@@ -88,6 +89,7 @@ class Generator:
     tensors: of its network, an adapter not included
     adapter: a LoRA to go on top of ``tensors``, where it was distilled as one
     source: the file or folder that it is in
+    thumbnail: a picture of its own for model managers, a data: URL; empty where there is none
     """
 
     model: OpenedModel
@@ -95,6 +97,12 @@ class Generator:
     tensors: Tensors
     adapter: Adapter | None = None
     source: Path | None = None
+    thumbnail: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        """What its files say in their headers."""
+        picture = {"modelspec.thumbnail": self.thumbnail} if self.thumbnail else {}
+        return self.recipe.to_metadata() | picture
 
     def merged(self) -> Tensors:
         """The network with its adapter, fp32 where the adapter changes it."""
@@ -103,7 +111,12 @@ class Generator:
     def load(self, resolution: int = 0) -> ModelBundle:
         """The generator in fp32 on the CPU, for pictures of the size that it was trained for if none is given."""
         model = self.model.with_tensors(self.merged())
-        return model.load(torch.float32, resolution or self.recipe.training_resolution[0])
+        bundle = model.load(torch.float32, resolution or self.recipe.training_resolution[0])
+        recipe, schedule = self.recipe, bundle.denoiser.schedule
+        if recipe.prediction_type == X0 or recipe.timestep_scale != 1:  # of which the model under it knows nothing
+            assert isinstance(schedule, VPSchedule)
+            bundle.denoiser.schedule = schedule.sampled_as(recipe.prediction_type, recipe.timestep_scale)
+        return bundle
 
     def is_on_another_base(self) -> bool:
         """Whether its adapter is over another model than it was distilled from: reads all of that file, about ten
@@ -226,7 +239,7 @@ class ModelFamily(ABC):
         model, dtype = generator.model, DTYPES[options.dtype]
         tensors = {model.prefix + name: tensor for name, tensor in generator.merged().items()}
         stored = {name: tensor.narrowed(dtype) for name, tensor in {**tensors, **model.rest}.items()}
-        write_tensors(path, stored, generator.recipe.to_metadata())
+        write_tensors(path, stored, generator.metadata())
         return []
 
     def prompts(self) -> list[str]:

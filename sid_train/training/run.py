@@ -229,6 +229,11 @@ class RunFolder:
     def grid(self, iteration: int) -> Path:
         return self.path / "grids" / f"{iteration:06d}.png"
 
+    def newest_grid(self, iteration: int) -> Path | None:
+        """The last grid up to ``iteration``: of that generator, or of the one that it was shortly before."""
+        grids = (path for path in self.grid(0).parent.glob("*.png") if path.stem.isdecimal())
+        return max((path for path in grids if int(path.stem) <= iteration), key=lambda p: int(p.stem), default=None)
+
     # -- the generator -------------------------------------------------------------------------------------------
 
     def generator_file(self, iteration: int = 0) -> Path:

@@ -171,4 +171,6 @@ def load_init_generator(config: Config, teacher: OpenedModel) -> Denoiser | Adap
             f"{where}: expected a generator that predicts {ours[0]}{', zero terminal SNR' * ours[1]}, as the teacher "
             f"does, got {recipe.prediction_type}{', zero terminal SNR' * recipe.zero_terminal_snr} in {source}"
         )
+    if recipe.timestep_scale != 1:
+        raise ValueError(f"{where}: expected a generator that is told the timesteps that it is at, not scaled ones")
     return teacher.read_lora(path) if is_lora else load_model(source).denoiser

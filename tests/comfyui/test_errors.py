@@ -140,7 +140,7 @@ def recipe_that_contradicts_itself(kit: Kit):
     kit.load_unet(says=kit.recipe, changes={"sid.timesteps": "625,468,300,156"})
 
 
-@message(r"sid.format_version: expected at most \d, got 99: update ComfyUI-SiD")
+@message(r"sid.format_version: expected at most \d+, got 99: update ComfyUI-SiD")
 def recipe_of_a_newer_version(kit: Kit):
     kit.load_unet(says=kit.recipe, changes={"sid.format_version": "99"})
 
@@ -197,6 +197,11 @@ def playground(kit: Kit):
 def cosxl(kit: Kit):
     sigmas = {f"edm_vpred.sigma_{end}": torch.tensor(value) for end, value in (("max", 120.0), ("min", 0.002))}
     kit.load_unet(kit.tensors | sigmas, recipe=PRESET)
+
+
+@message(r"got time_embed.cond_proj.weight, as LCM's whole UNets have it: .* Use LCM's LoRA")
+def lcm_unet_with_a_guidance_embedding(kit: Kit):
+    kit.load_unet(kit.tensors | {"time_embed.cond_proj.weight": torch.zeros(4, 4)}, recipe="LCM (4 steps)")
 
 
 @message(r"says that it is a flow-matching model \(modelspec.prediction_type is 'flow_matching'\)" + NOT_FOR_IT)
@@ -336,6 +341,34 @@ def model_of_another_class(kit: Kit):
 @message(r"its recipe says prediction type v_prediction, but ComfyUI loaded the model as epsilon")
 def recipe_of_another_model(kit: Kit):
     kit.sample(recipe=replace(kit.recipe, prediction_type="v_prediction"))
+
+
+@message(r"its recipe is for a network that predicts the picture itself .* ComfyUI takes it for epsilon.*SiD's loaders")
+def recipe_for_x0_of_another_model(kit: Kit):
+    kit.sample(recipe=replace(kit.recipe, prediction_type="x0"))
+
+
+@message(r"is told timesteps scaled by 0.25, but this one is told timesteps scaled by 1\. SiD's loaders")
+def recipe_with_scaled_timesteps_of_another_model(kit: Kit):
+    kit.sample(recipe=replace(kit.recipe, timestep_scale=0.25))
+
+
+@message(r"its recipe is for a network that predicts the picture itself")
+def preset_for_x0_on_another_model(kit: Kit):
+    run(kit.nodes["SiDRecipeOverride"], preset="Lightning (1 step)", model=kit.model)
+
+
+@message(r"model: its recipe says prediction type epsilon, but ComfyUI loaded the model as x0")
+def recipe_for_epsilon_of_a_model_for_x0(kit: Kit):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    kit.sample(model=ModelSamplingDiscrete().patch(kit.model, "x0", False)[0])
+
+
+@message(r"predicts the picture itself \(sample\) .* presets but 'Lightning \(1 step\)' are not for it")
+def preset_for_epsilon_on_a_file_for_x0(kit: Kit):
+    name = kit.put("diffusion_models", "file.safetensors", kit.tensors, {"modelspec.prediction_type": "sample"})
+    run(kit.nodes["SiDDiffusionModelLoader"], unet_name=name, recipe=PRESET)
 
 
 @message(r"positive: expected a prompt encoded by the text encoders of SDXL \(2048 wide, pooled 1280\), got 768 wide")

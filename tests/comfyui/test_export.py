@@ -63,6 +63,7 @@ def chain(pack, unet, recipe) -> torch.Tensor:
     """That of ``core.few_step_sample`` over a UNet of diffusers."""
     sampling = module(pack, "sid_train.core.sampling")
     schedule = module(pack, "sid_train.core.noise_schedule").VPSchedule.sdxl()
+    schedule = schedule.sampled_as(recipe.prediction_type, recipe.timestep_scale)
     denoiser = module(pack, "sid_train.models.unet").UNetDenoiser(unet, schedule)
     ((text, extra),) = conditioning(1)
     size = torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]])
@@ -73,7 +74,13 @@ def chain(pack, unet, recipe) -> torch.Tensor:
     sigmas = sampling.ladder_sigmas(schedule, recipe.timesteps)
     noises = sampling.noise_sampler("fresh", first, sampling.seeded_noise(first, SEED))
     with torch.no_grad():
-        return sampling.few_step_sample(lambda x, sigma: denoiser(x, sigma, cond), sigmas, first, noises)
+        return sampling.few_step_sample(
+            lambda x, sigma: denoiser(x, sigma, cond),
+            sigmas,
+            first,
+            noises,
+            unit_variance_start=recipe.unit_variance_start,
+        )
 
 
 def sampled(nodes, model, recipe) -> torch.Tensor:
@@ -111,6 +118,25 @@ def test_a_pickle_of_the_authors_gives_the_chain_of_the_object_in_it(pack, nodes
     model = comfy.sd.load_diffusion_model(str(out), model_options={"dtype": torch.float32})
     theirs = pickle.loads(source.read_bytes())["ema"]
     assert_same(sampled(nodes, model, recipe), chain(pack, theirs, recipe), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "preset", ["Lightning (1 step)", "NitroFusion Realism (4 steps)", "NitroFusion Vibrant (1 step)"]
+)
+def test_a_network_that_comfyui_knows_nothing_of_gives_the_chain_of_the_trainer(
+    pack, nodes, put, generator, unet, preset
+):
+    """From a file that says it, and by a preset from one that does not."""
+    recipe = module(pack, "sid_train.core.recipe").PRESETS[preset]
+    expected = chain(pack, unet, recipe)
+    name = put("diffusion_models", "unet", "fp32", replace(generator, recipe=recipe))
+    for choice in ("from the file", preset):
+        model, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe=choice)
+        assert read == recipe
+        difference = (sampled(nodes, model, read) - expected).std() / expected.std()
+        assert difference < 1e-4, choice  # ComfyUI takes fp32 on a CPU
+    (sigmas,) = run(nodes["SiDScheduler"], model=model, recipe=recipe)
+    assert sigmas[0] == pytest.approx(14.6146, abs=1e-3)  # of timestep 999, whatever the network is told
 
 
 def put_path(name: str) -> Path:

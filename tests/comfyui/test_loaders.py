@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import conditioning, empty_latent, run, text_of
+from helpers import conditioning, empty_latent, module, run, text_of
 from test_errors import conv_in_lora
 
 
@@ -36,6 +36,19 @@ class TestDiffusionModel:
         _, read = run(nodes["SiDDiffusionModelLoader"], unet_name=name)
         assert read == recipes.PRESETS[preset]
         assert f"It is sampled as '{preset}', for its name has '{part}'" in text_of(caplog)
+
+    def test_content_and_header_are_known_and_told(
+        self, pack, nodes, put, tensors, recipes, caplog, tmp_path, monkeypatch
+    ):
+        name = put("diffusion_models", "renamed.safetensors", tensors, {"modelspec.title": "sdxl turbo"})
+        assert run(nodes["SiDDiffusionModelLoader"], unet_name=name)[1] == recipes.PRESETS["Turbo (4 steps)"]
+        assert "sampled as 'Turbo (4 steps)', for its header has 'sdxl turbo' as modelspec.title" in text_of(caplog)
+        published, file = module(pack, "sid_train.core.published"), tmp_path / "diffusion_models" / name
+        monkeypatch.setattr(published, "SIZES", {file.stat().st_size})
+        sha256 = module(pack, "sid_train.files.hashing").file_sha256(file)
+        monkeypatch.setitem(published.FILES, sha256, ("tianweiy/DMD2", "dmd2_sdxl_4step_unet_fp16"))
+        assert run(nodes["SiDDiffusionModelLoader"], unet_name=name)[1] == recipes.PRESETS["DMD2 (4 steps)"]
+        assert "for its content is that of dmd2_sdxl_4step_unet_fp16 in tianweiy/DMD2" in text_of(caplog)
 
     def test_recipe_in_the_file_counts_before_its_name(self, nodes, put, tensors, recipes, caplog):
         name = put("diffusion_models", "sdxl-turbo.safetensors", tensors, recipes.SiDRecipe().to_metadata())
@@ -260,6 +273,111 @@ class TestLoRA:
         assert recipe.prediction_type == "v_prediction"
 
 
+LINEAR, CONV = "input_blocks.3.1.proj_in", "input_blocks.3.0.in_layers.2"
+
+
+def adapters(tensors: dict) -> dict[str, tuple[str, dict]]:
+    """For each kind that ComfyUI reads: the module, and small tensors that fit it, by the ends of their names."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int):
+        return torch.randn(shape, generator=generator) * 0.1
+
+    (o, i), (co, ci, h, w) = tensors[f"{LINEAR}.weight"].shape, tensors[f"{CONV}.weight"].shape
+    alpha, low = torch.tensor(2.0), {"lora_up.weight": made(o, 2), "lora_down.weight": made(2, i)}
+    conv = {"lora_up.weight": made(co, 2, 1, 1), "lora_down.weight": made(2, ci, h, w)}
+    core = {"lora_up.weight": made(co, 2, 1, 1), "lora_mid.weight": made(2, 2, h, w)}
+    hada = {f"hada_w{n}_a": made(o, 2) for n in (1, 2)} | {f"hada_w{n}_b": made(2, i) for n in (1, 2)}
+    tucker = {f"hada_w{n}_a": made(2, co) for n in (1, 2)} | {f"hada_w{n}_b": made(2, ci) for n in (1, 2)}
+    older = {"a1.weight": made(2, i), "a2.weight": made(i, 2), "b1.weight": made(2, i), "b2.weight": made(o, 2)}
+    newer = {"a1.weight": made(ci, 3), "a2.weight": made(3, ci), "b1.weight": made(co, 3), "b2.weight": made(3, 9 * ci)}
+    return {
+        "a difference": (LINEAR, {"diff": made(o, i)}),
+        "a difference of a convolution": (CONV, {"diff": made(co, ci, h, w)}),
+        "a weight that is set": (LINEAR, {"set_weight": made(o, i)}),
+        "a difference of a bias": (LINEAR, {"diff_b": made(o)}),
+        "a norm": ("input_blocks.3.0.in_layers.0", {"w_norm": made(ci), "b_norm": made(ci)}),
+        "LoRA with a core": (CONV, core | {"lora_down.weight": made(2, ci, 1, 1)}),
+        "LoRA of a given shape": (LINEAR, low | {"reshape_weight": torch.tensor([o, i])}),
+        "DoRA": (LINEAR, low | {"dora_scale": made(o, 1) + 1}),
+        "DoRA over columns": (LINEAR, low | {"dora_scale": made(1, i) + 1}),
+        "DoRA of a convolution": (CONV, conv | {"dora_scale": made(co, 1, 1, 1) + 1}),
+        "LoHa": (LINEAR, hada | {"alpha": alpha}),
+        "LoHa of a convolution": (CONV, tucker | {"hada_t1": made(2, 2, h, w), "hada_t2": made(2, 2, h, w)}),
+        "LoKr": (LINEAR, {"lokr_w1": made(4, 4), "lokr_w2": made(o // 4, i // 4)}),
+        "LoKr in factors": (
+            LINEAR,
+            {
+                "lokr_w1_a": made(4, 2),
+                "lokr_w1_b": made(2, 4),
+                "lokr_w2_a": made(o // 4, 2),
+                "lokr_w2_b": made(2, i // 4),
+            },
+        ),
+        "LoKr of a convolution": (CONV, {"lokr_w1": made(4, 4), "lokr_w2": made(co // 4, ci // 4, h, w)}),
+        "GLoRA": (LINEAR, older),
+        "newer GLoRA of a convolution": (CONV, newer | {"alpha": alpha}),
+        "OFT": (LINEAR, {"oft_blocks": made(4, o // 4, o // 4), "alpha": alpha}),
+        "BOFT": (CONV, {"oft_blocks": made(2, co // 8, 8, 8), "alpha": alpha}),
+    }
+
+
+def changed(end: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The same tensor with a line more along its first and its last axis."""
+    if end == "reshape_weight":
+        return [tensor + 1]
+    axes = {0, tensor.ndim - 1} if tensor.ndim else ()
+    return [torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis) for axis in axes]
+
+
+def test_every_kind_of_adapter_is_applied_or_refused(nodes, model, put, tensors, caplog):
+    """ComfyUI itself says which fit: of others it logs a line and leaves the weight as it is, or fails while it
+    samples.
+    """
+    import comfy.lora
+
+    keys, refused = comfy.lora.model_lora_keys_unet(model.model, {}), set()
+
+    def named(target: str, made: dict) -> dict:
+        return {f"lora_unet_{target.replace('.', '_')}.{end}": tensor for end, tensor in made.items()}
+
+    def load(target: str, made: dict):
+        name = put("loras", "adapter.safetensors", named(target, made))
+        return run(nodes["SiDLoRALoader"], model=model, lora_name=name, recipe="LCM (4 steps)")[0]
+
+    def comfyui_applies(target: str, made: dict) -> bool:
+        for key, patch in comfy.lora.load_lora(named(target, made), keys, log_missing=False).items():
+            weight = tensors[key.removeprefix("diffusion_model.")].float()
+            try:
+                result = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], weight.clone(), key)
+            except (RuntimeError, ValueError, UnboundLocalError):
+                return False
+            if result.shape != weight.shape or torch.equal(result, weight):
+                return False
+        return True
+
+    for kind, (target, made) in adapters(tensors).items():
+        assert comfyui_applies(target, made), kind
+        assert load(target, made).patches, kind
+        assert "ERROR" not in text_of(caplog), kind
+        for end, tensor in made.items():
+            for other in changed(end, tensor):
+                if comfyui_applies(target, made | {end: other}):
+                    assert load(target, made | {end: other}).patches, (kind, end)
+                    continue
+                refused.add((kind, end))
+                with pytest.raises(
+                    ValueError, match=rf"adapter.safetensors: expected a LoRA .*{target}.*another model"
+                ):
+                    load(target, made | {end: other})
+        assert {end for of_kind, end in refused if of_kind == kind} == made.keys() - {"alpha"}, kind
+        caplog.clear()
+    with pytest.raises(ValueError, match="got a BOFT of"):  # without its alpha ComfyUI cannot apply it
+        load(CONV, {"oft_blocks": made["oft_blocks"]})
+    with pytest.raises(ValueError, match=r"has one for diffusion_model.*to_q.bias, which the model does not have"):
+        load("input_blocks.3.1.transformer_blocks.0.attn1.to_q", {"diff_b": torch.ones(3)})
+
+
 class TestRecipeNodes:
     def test_a_preset_takes_the_prediction_type_of_the_model(self, nodes, v_model, recipes):
         (recipe,) = run(nodes["SiDRecipeOverride"], preset="DMD2 (4 steps)", model=v_model)
@@ -279,6 +397,12 @@ class TestRecipeNodes:
         )
         (guided,) = run(nodes["SiDRecipeOverride"], recipe=preset, guidance="cfg", cfg=2.0)
         assert (guided.sampling_guidance, guided.sampling_cfg) == ("cfg", 2.0)
+        # Prompts that were made before there was this input do not have it.
+        inputs = {i.id: i for i in nodes["SiDRecipeOverride"].define_schema().inputs}
+        assert inputs["unit_variance_start"].optional
+        for choice, has in (("keep", True), ("yes", True), ("no", False)):
+            (started,) = run(nodes["SiDRecipeOverride"], recipe=preset, unit_variance_start=choice)
+            assert started == replace(preset, unit_variance_start=has)
 
     def test_info(self, nodes, recipes):
         (text,) = run(nodes["SiDRecipeInfo"], recipe=recipes.SiDRecipe())

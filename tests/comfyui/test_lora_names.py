@@ -62,7 +62,7 @@ def kohya(factors, alpha: float | None = None, magnitudes: dict | None = None) -
         if alpha is not None:
             made[f"{name}.alpha"] = torch.tensor(alpha)
         if magnitudes:
-            made[f"{name}.dora_scale"] = magnitudes[ldm][:, None]
+            made[f"{name}.dora_scale"] = magnitudes[ldm].reshape(-1, *[1] * (down.ndim - 1))
     return made
 
 

@@ -1,5 +1,7 @@
 """The command line as a user meets it."""
 
+import base64
+import io
 import json
 import os
 import subprocess
@@ -8,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file, save_file
 
 from sid_train.cli import main
 from sid_train.core.recipe import read_recipe
+from sid_train.files.header import read_safetensors_metadata
+from sid_train.files.images import thumbnail
 from sid_train.models.families import load_model
 
 TINY = ["--set", "training.iterations=2", "--set", "training.batch_size=4", "--set", "method.steps=2"]
@@ -81,6 +85,41 @@ def test_export_writes_the_averaged_generator_in_any_dtype(run, tmp_path):
     ours, theirs = load_file(tmp_path / "fp16.safetensors"), load_file(run / "generator.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_an_exported_file_shows_the_runs_pictures(run, tmp_path, capsys):
+    """The first two by two of the grid, and nothing of a grid that cannot be read but a warning."""
+    file = tmp_path / "generator.safetensors"
+    assert main(["export", str(run), "-o", str(file)]) == 0
+    (grid,) = (run / "grids").glob("*.png")
+    with Image.open(grid) as image:
+        side = image.width // 4
+        expected = image.convert("RGB").crop((0, 0, side, side))
+    url = read_safetensors_metadata(file)["modelspec.thumbnail"]
+    kind, _, text = url.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert len(url) < 30_000
+    with Image.open(io.BytesIO(base64.b64decode(text))) as small:
+        assert small.size == (side, side)
+        assert ImageStat.Stat(ImageChops.difference(small, expected)).mean < [20, 20, 20]
+    again = tmp_path / "again.safetensors"
+    assert main(["export", str(file), "-o", str(again)]) == 0
+    assert read_safetensors_metadata(again)["modelspec.thumbnail"] == url
+    content = grid.read_bytes()
+    grid.write_bytes(b"torn")
+    assert main(["export", str(run), "-o", str(file)]) == 0
+    assert "the file has no thumbnail, for" in capsys.readouterr().out
+    assert "modelspec.thumbnail" not in read_safetensors_metadata(file)
+    grid.write_bytes(content)
+
+
+def test_a_thumbnail_is_small_whatever_it_shows(tmp_path):
+    noise = Image.effect_noise((8 * 512, 4 * 512), 200)
+    noise.save(tmp_path / "noise.png")
+    url = thumbnail(tmp_path / "noise.png", 8)
+    assert len(url) < 30_000
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as small:
+        assert small.size == (256, 256)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from small_sdxl import save_single_file, small_pipeline
 
 from sid_train.cli import main
 from sid_train.core.recipe import PRESETS, read_recipe
-from sid_train.models.families import open_generator
+from sid_train.models.families import load_generator, open_generator
 
 NAMES = {
     "unet": "SiD_SDXL_4.54.54.5_AMPfp16_StepWise_4step_004421.pkl",
@@ -135,17 +135,21 @@ def test_steps_alone_take_the_authors_t_init_and_say_so(folder, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "timesteps"),
+    ("name", "options", "timesteps", "predicts", "scale"),
     [
-        ("dmd2_sdxl_4step_unet_fp16.pkl", (), (999, 749, 499, 249)),
-        ("x.pkl", ("--recipe", "LCM (4 steps)", "--steps", 3), (999, 679, 339)),
+        ("dmd2_sdxl_4step_unet_fp16.pkl", (), (999, 749, 499, 249), "epsilon", 1),
+        ("x.pkl", ("--recipe", "LCM (4 steps)", "--steps", 3), (999, 679, 339), "epsilon", 1),
+        ("sdxl_lightning_1step_unet_x0.pkl", (), (999,), "x0", 1),
+        ("nitrosd-vibrant_unet.pkl", ("--steps", 2), (999, 499), "epsilon", 0.5),
     ],
 )
-def test_other_families_go_by_their_names_and_rules(folder, tmp_path, name, options, timesteps):
+def test_other_families_go_by_their_names_and_rules(folder, tmp_path, name, options, timesteps, predicts, scale):
     source, out = tmp_path / name, tmp_path / "x.safetensors"
     source.symlink_to(folder / NAMES["unet"])
     assert convert(source, "-o", out, *options) == 0
     assert read_recipe(out).timesteps == timesteps
+    schedule = load_generator(str(out))[0].denoiser.schedule  # as sampling takes it
+    assert (schedule.prediction_type, schedule.timestep_scale) == (predicts, scale)
 
 
 def test_a_file_with_a_recipe_is_left_alone(folder, tmp_path, capsys):

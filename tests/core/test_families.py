@@ -22,6 +22,7 @@ from sid_train.core.timesteps import LADDERS, consistency_timesteps, ladder_time
 
 LATENT = (2, 12, 8, 8)
 SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+MOST_STEPS = {"turbo": 10, "quarters": 4}
 OTHERS = [name for name in PRESETS if not name.startswith("SiD")]
 
 
@@ -33,11 +34,18 @@ def scheduler_of(name: str) -> Any:
     if family == "TCD":
         return TCDScheduler(**SDXL)
     if family == "Lightning":
-        return EulerDiscreteScheduler(**SDXL, timestep_spacing="trailing")
+        kind = "sample" if name == "Lightning (1 step)" else "epsilon"
+        return EulerDiscreteScheduler(**SDXL, timestep_spacing="trailing", prediction_type=kind)
+    if family.startswith("NitroFusion"):
+        return LCMScheduler(**SDXL, original_inference_steps=4)
     if family in ("Hyper-SD", "PCM"):
         return DDIMScheduler(**SDXL, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False)
     assert family == "Turbo"
     return EulerAncestralDiscreteScheduler(**SDXL)
+
+
+# NitroFusion's ``shifted_timestep``: what its scheduler makes of 1,000.
+SHIFTED = {"NitroFusion Realism": 250, "NitroFusion Vibrant": 500}
 
 
 def theirs(name: str, timesteps: list[int], given: bool, unet, cond, draws: SeededDraws) -> tuple[list, Tensor]:
@@ -57,9 +65,14 @@ def theirs(name: str, timesteps: list[int], given: bool, unet, cond, draws: Seed
     start = scheduler.sigmas[0] if hasattr(scheduler, "sigmas") else scheduler.init_noise_sigma
     sample, added = first * start, {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
     inputs, predicted = [], first
+    shifted = SHIFTED.get(name.partition(" (")[0], 1000)
     for t in scheduler.timesteps:
         told = scheduler.scale_model_input(sample, t)
         inputs.append(told)
+        if shifted != 1000:  # it goes on to its own next timestep, and takes the output for that of the shifted one
+            if scheduler.step_index is None:
+                scheduler._init_step_index(t)
+            t = t * shifted // 1000
         prediction = unet(told, t, cond.text, added_cond_kwargs=added).sample
         options: dict[str, Any] = {} if isinstance(scheduler, DDIMScheduler) else {"generator": draws.generator}
         if isinstance(scheduler, TCDScheduler):
@@ -87,6 +100,7 @@ class SeededDraws:
 
 
 def ours(recipe: SiDRecipe, timesteps: list[int], denoiser, cond, draws: SeededDraws) -> tuple[list, Tensor]:
+    denoiser.schedule = denoiser.schedule.sampled_as(recipe.prediction_type, recipe.timestep_scale)
     sigmas, inputs = ladder_sigmas(denoiser.schedule, timesteps), []
     shares = implied_shares(recipe.noise_mode, sigmas, denoiser.schedule, recipe.noise_gamma)
     first = next(draws)
@@ -107,10 +121,10 @@ def numbers_of_steps() -> Iterator[tuple[str, int | None]]:
     for name in OTHERS:
         yield name, None
         recipe = PRESETS[name]
-        kind = (recipe.ladder, recipe.noise_mode, recipe.unit_variance_start)
+        kind = (recipe.ladder, recipe.noise_mode, recipe.unit_variance_start, recipe.timestep_scale)
         if recipe.ladder in LADDERS and kind not in seen:
             seen.add(kind)
-            yield from ((name, steps) for steps in range(1, 11 if recipe.ladder == "turbo" else 17))
+            yield from ((name, steps) for steps in range(1, MOST_STEPS.get(recipe.ladder, 16) + 1))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' schedulers with numpy 2
@@ -139,7 +153,7 @@ def test_lcm_at_eight_steps_stays_on_its_grid():
 
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_ladders_are_timesteps(ladder):
-    for steps in range(1, 11):
+    for steps in range(1, MOST_STEPS.get(ladder, 16) + 1):
         timesteps = ladder_timesteps(ladder, steps, 999)
         SiDRecipe(timesteps=tuple(timesteps), t_init=999, ladder=ladder)
     for steps in (0, 17):

@@ -11,6 +11,7 @@ import sid_train.core
 
 CORE = Path(sid_train.core.__file__).parent
 MODULES = sorted(CORE.rglob("*.py"))
+LIGHT_FILES = {"files.hashing", "files.header", "files.reading"}
 ALLOWED = {"torch", "safetensors", *sys.stdlib_module_names}
 
 IMPORT_ALL = """
@@ -37,7 +38,8 @@ for name in names:
     importlib.import_module(name)
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & BLOCKED, loaded & BLOCKED
-FILES = {"sid_train.files", "sid_train.files.header", "sid_train.files.reading"}  # the standard library alone
+# the standard library alone
+FILES = {"sid_train.files", "sid_train.files.hashing", "sid_train.files.header", "sid_train.files.reading"}
 ours = {name for name in sys.modules if name.startswith("sid_train.") and not name.startswith("sid_train.core")} - FILES
 assert not ours, ours
 print(len(names))
@@ -60,7 +62,7 @@ def foreign_imports(source: str, depth: int) -> list[str]:
             found += [a.name for a in node.names if a.name.partition(".")[0] not in ALLOWED]
         elif isinstance(node, ast.ImportFrom):
             name = "." * node.level + (node.module or "")
-            inside = 1 <= node.level <= depth + 1 or name.lstrip(".") in ("files.header", "files.reading")
+            inside = 1 <= node.level <= depth + 1 or name.lstrip(".") in LIGHT_FILES
             if not inside and (node.level or name.partition(".")[0] not in ALLOWED):
                 found.append(name)
     return found

@@ -108,5 +108,5 @@ def test_v_prediction_at_zero_snr_is_minus_v():
 
 
 def test_an_unknown_prediction_type_is_an_error():
-    with pytest.raises(ValueError, match="expected one of epsilon, v_prediction, got 'sample'"):
+    with pytest.raises(ValueError, match="expected one of epsilon, v_prediction, x0, got 'sample'"):
         prediction_to_x0(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), "sample")

@@ -1,9 +1,12 @@
 """The names of the authors' files, as their repositories list them."""
 
+import hashlib
+
 import pytest
 
+from sid_train.core import published
 from sid_train.core.architectures import SD1, SD2, SDXL
-from sid_train.core.published import preset_of_name, recipe_of_name
+from sid_train.core.published import preset_of_file, preset_of_name, recipe_of_name
 from sid_train.core.recipe import PRESETS
 
 
@@ -71,6 +74,10 @@ def test_a_name_without_guidance_says_none():
         ("sdxl_lightning_2step_unet", "Lightning (2 steps)"),
         ("sdxl_lightning_4step_lora", "Lightning (4 steps)"),
         ("RealVisXL_V5-xl_lightning_8step", "Lightning (8 steps)"),
+        ("sdxl_lightning_1step_x0", "Lightning (1 step)"),
+        ("sdxl_lightning_1step_unet_x0", "Lightning (1 step)"),
+        ("nitrosd-realism_unet", "NitroFusion Realism (1 step)"),
+        ("nitrosd-vibrant_comfyui", "NitroFusion Vibrant (1 step)"),
         ("sdxl-turbo-1step", "Turbo (1 step)"),
         ("sdxl_lcm_8step", "LCM (8 steps)"),
         ("Hyper-SDXL-8steps-lora", "Hyper-SD (8 steps)"),
@@ -104,8 +111,10 @@ def test_presets_of_published_names(name, preset):
 @pytest.mark.parametrize(
     "name",
     [
-        "sdxl_lightning_1step_x0",  # predicts x0
+        "sdxl_lightning_1step",  # that file predicts x0, and its name says so
         "sdxl_lightning_4step_x0",
+        "sdxl_lightning_4step_unet_x0",
+        "nitrosd",
         "sdxl_turbo_8steps",
         "notflash_sdxl",
         "my_sdxl_lcm",
@@ -126,3 +135,44 @@ def test_presets_of_published_names(name, preset):
 )
 def test_names_that_do_not_say_enough(name):
     assert preset_of_name(name) is None
+
+
+def test_every_published_file_has_a_preset():
+    for repository, files in published.HASHES.items():
+        for name, sha256 in files.items():
+            found = preset_of_name(name) or preset_of_name(repository.partition("/")[2])
+            assert found is not None, name
+            assert found[0] in PRESETS
+            assert len(bytes.fromhex(sha256)) == 32
+    assert len(published.FILES) == sum(map(len, published.HASHES.values()))
+
+
+@pytest.fixture
+def read(monkeypatch) -> list:
+    """The files that were read whole."""
+    files: list = []
+    whole = published.file_sha256
+    monkeypatch.setattr(published, "file_sha256", lambda path: files.append(path) or whole(path))
+    return files
+
+
+def test_a_file_is_known_by_its_content_then_its_header_then_its_name(tmp_path, monkeypatch, read):
+    file, titled = tmp_path / "sdxl_lightning_4step.safetensors", {"ss_output_name": "dmd2-sdxl-4step-lora"}
+    file.write_bytes(b"content")
+    assert preset_of_file(file, {}) == ("Lightning (4 steps)", "its name has 'sdxl_lightning_4step'")
+    assert preset_of_file(file, titled) == ("DMD2 (4 steps)", "its header has 'dmd2-sdxl-4step' as ss_output_name")
+    assert preset_of_file(file, {"modelspec.title": "SD XL Turbo 1.0"})[0] == "Turbo (4 steps)"
+    assert preset_of_file(file, {"modelspec.title": "my style", "ss_sd_model_name": "sdxl_turbo"})[0].startswith(
+        "Light"
+    )
+    assert preset_of_file(tmp_path / ".." / tmp_path.name / file.name, {"modelspec.title": "x" * 10**6})
+    assert read == []  # no published file has its size
+    monkeypatch.setattr(published, "SIZES", {7})
+    assert preset_of_file(file, titled)[0] == "DMD2 (4 steps)"
+    monkeypatch.setitem(published.FILES, hashlib.sha256(b"content").hexdigest(), ("h1t/TCD-SDXL-LoRA", "weights"))
+    assert preset_of_file(file, titled) == ("TCD (4 steps)", "its content is that of weights in h1t/TCD-SDXL-LoRA")
+    assert preset_of_file(file, titled, read=False)[0] == "DMD2 (4 steps)"
+    assert len(read) == 1  # and remembered
+    file.write_bytes(b"another")
+    preset_of_file(file, titled)
+    assert len(read) == 2

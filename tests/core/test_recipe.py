@@ -79,7 +79,13 @@ def test_metadata_tells_other_tools_what_the_file_is():
     assert all(isinstance(v, str) for v in metadata.values())
     assert metadata["modelspec.resolution"] == "832x1216"  # the standard says width first
     assert metadata["sid.training_resolution"] == "1216x832"
-    assert metadata["modelspec.predict_key"] == "v"
+    assert metadata["modelspec.predict_key"] == metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.base_model"] == OTHERS["v zero SNR"].base_model
+    assert "2 steps (timesteps 999 499, fixed noise between them), " in metadata["modelspec.description"]
+    assert metadata["modelspec.tags"] == "distilled, few-step, 2-step"
+    assert SiDRecipe().to_metadata()["modelspec.tags"].startswith("text-to-image, SDXL, ")
+    assert SiDRecipe().kohya_version == "sdxl_base_v1-0"
+    assert replace(SiDRecipe(), architecture=SD2.name, prediction_type="v_prediction").kohya_version == "sd_v2_v"
     assert SiDRecipe().to_metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
 
 
@@ -103,6 +109,9 @@ def test_sid_keys_are_enough(architecture, write):
     metadata = {k: v for k, v in SiDRecipe().to_metadata().items() if k.startswith("sid.")}
     if architecture is not None:
         metadata |= {"modelspec.architecture": architecture, "modelspec.title": "mine"}
+        # Whatever a manager, or its user, writes there.
+        free = ("description", "tags", "base_model", "thumbnail", "hash_sha256", "prediction_type", "predict_key")
+        metadata |= dict.fromkeys((f"modelspec.{key}" for key in free), "\n, 0x")
     recipe = read_recipe(write(metadata))
     assert recipe.architecture == SDXL.name + ("/lora" if architecture == "sdxl/lora" else "")
     assert replace(recipe, architecture=SDXL.name, title="") == SiDRecipe()
@@ -142,7 +151,7 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.format_version", "one", "expected an integer, got 'one'"),
         ("sid.format_version", str(FORMAT_VERSION + 1), f"expected at most {FORMAT_VERSION}, got {FORMAT_VERSION + 1}"),
         ("sid.format_version", "0", f"expected 1 to {FORMAT_VERSION}, got 0"),
-        ("sid.prediction_type", "eps", "expected one of epsilon, v_prediction, flow, got 'eps'"),
+        ("sid.prediction_type", "eps", "expected one of epsilon, v_prediction, x0, flow, got 'eps'"),
         ("sid.zero_terminal_snr", "True", "expected true or false, got 'True'"),
         ("sid.steps", "four", "expected an integer, got 'four'"),
         ("sid.steps", "3", "expected 4, the number of sid.timesteps, got 3"),
@@ -153,7 +162,7 @@ def test_missing_sampling_fields_mean_no_guidance(write):
         ("sid.timesteps", "1000,750,500,250", "expected 1 to 16 integers that fall"),
         ("sid.t_init", "6.25", "expected an integer, got '6.25'"),
         ("sid.t_init", "999", "expected 625, the first of sid.timesteps, got 999"),
-        ("sid.ladder", "karras", "expected one of sid, explicit, trailing, consistency, turbo, got 'karras'"),
+        ("sid.ladder", "karras", "expected one of sid, explicit, trailing, consistency, turbo, quarters, got 'karras'"),
         ("sid.noise_mode", "euler", "expected one of fresh, fixed, ddim, ancestral, tcd, got 'euler'"),
         ("sid.training_resolution", "1024", "expected HEIGHTxWIDTH, got"),
         ("sid.training_resolution", "1024x", "integers joined by 'x', got '1024x'"),
@@ -261,12 +270,14 @@ def test_other_step_counts_take_the_familys_rule():
         PRESETS["Turbo (4 steps)"].timesteps_for(11)
 
 
-def test_only_what_version_1_cannot_say_is_written_as_version_2(tmp_path):
+def test_a_recipe_is_written_as_the_oldest_version_that_can_say_it(tmp_path):
     for name, recipe in PRESETS.items():
         metadata = recipe.to_metadata()
-        old = name.startswith(("SiD", "DMD2", "Hyper-SD (1"))
-        assert metadata["sid.format_version"] == ("1" if old else "2"), name
+        old, new = name.startswith(("SiD", "DMD2", "Hyper-SD (1")), name.startswith(("NitroFusion", "Lightning (1"))
+        assert metadata["sid.format_version"] == ("1" if old else "3" if new else "2"), name
         assert ("sid.noise_gamma" in metadata) == name.startswith("TCD")
+        assert ("sid.timestep_scale" in metadata) == name.startswith("NitroFusion")
+        assert ("modelspec.prediction_type" in metadata) == (recipe.prediction_type != "x0")
         assert SiDRecipe.from_metadata(metadata, "x") == recipe
     assert (
         SiDRecipe.from_metadata(replace(PRESETS["TCD (4 steps)"], noise_gamma=0.5).to_metadata(), "x").noise_gamma
@@ -274,6 +285,13 @@ def test_only_what_version_1_cannot_say_is_written_as_version_2(tmp_path):
     )
     with pytest.raises(RecipeError, match=r"sid\.noise_gamma: expected 0 to 1, got 1\.5"):
         replace(PRESETS["TCD (4 steps)"], noise_gamma=1.5)
+    nitro = PRESETS["NitroFusion Realism (4 steps)"]
+    assert "timesteps 249 187 124 62  (scaled by 0.25)" in nitro.describe()
+    for scale in (0, 1.5, float("nan")):
+        with pytest.raises(RecipeError, match=r"sid\.timestep_scale: expected more than 0 and at most 1"):
+            replace(nitro, timestep_scale=scale)
+    with pytest.raises(RecipeError, match=r"sid\.noise_mode: expected another one than tcd"):
+        replace(nitro, noise_mode="tcd")
 
 
 def test_description_and_plain_values_hold_every_fact():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.noise_schedule import X0
 from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe, split_architecture
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
@@ -128,12 +129,14 @@ def export(generator: Generator, path: Path, options: ExportOptions) -> list[str
         export_checkpoint(path, generator, dtype, options.vae)
     else:
         export_diffusers(path, generator, dtype, options.vae)
+        if generator.recipe.timestep_scale != 1:
+            return ["diffusers has no scheduler that tells the network scaled timesteps, as this generator needs"]
     return []
 
 
 def export_unet(path: Path, generator: Generator, dtype: torch.dtype) -> None:
     """The UNet alone with bare ldm names: ComfyUI loses ``v_pred`` and ``ztsnr`` under a prefix."""
-    write_tensors(path, _unet_tensors(generator, dtype, "") | _markers(generator), generator.recipe.to_metadata())
+    write_tensors(path, _unet_tensors(generator, dtype, "") | _markers(generator), generator.metadata())
 
 
 def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:
@@ -142,7 +145,7 @@ def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae:
     """
     rest = _rest(generator, dtype, vae)
     tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator)
-    write_tensors(path, tensors, generator.recipe.to_metadata())
+    write_tensors(path, tensors, generator.metadata())
 
 
 def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -164,9 +167,9 @@ def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": f"{next(iter(adapter.values()))[2]:g}",
-        "ss_base_model_version": _kohya_version(generator),
+        "ss_base_model_version": generator.recipe.kohya_version,
     }
-    metadata = generator.recipe.to_metadata() | about
+    metadata = generator.metadata() | about
     metadata["modelspec.architecture"] += LORA_SUFFIX
     write_tensors(path, tensors, metadata)
 
@@ -199,7 +202,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
-            prediction_type=recipe.prediction_type,
+            prediction_type="sample" if recipe.prediction_type == X0 else recipe.prediction_type,
             rescale_betas_zero_snr=recipe.zero_terminal_snr,
             timestep_spacing="trailing",
             clip_sample=False,
@@ -213,12 +216,7 @@ def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: 
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.narrowed(dtype) for name, tensor in generator.merged().items()}
-        write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, recipe.to_metadata())
-
-
-def _kohya_version(generator: Generator) -> str:
-    architecture = parts_of(generator).kind.architecture
-    return architecture.kohya_v if generator.recipe.prediction_type == "v_prediction" else architecture.kohya
+        write_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, generator.metadata())
 
 
 def _narrow(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -115,6 +115,8 @@ def of_settings(settings: Mapping[str, Any], where: str, source: str, is_schedul
     found = []
     for name, value, kind in kinds(settings, is_scheduler):
         place = f"{name} in {where}"
+        if name == "sid.prediction_type" and kind == "sample":
+            continue  # of a generator, whose recipe is followed, and which is no teacher
         if kind in UNSUPPORTED:
             raise ValueError(f"{source}: it {UNSUPPORTED[kind]} ({place} is {shown(value, 60)}): {SUPPORTED}")
         if not kind:

@@ -111,7 +111,9 @@ def test_lora_round_trip_is_bit_exact(distilled, teacher, tmp_path):
         assert torch.equal(read[module][0], down)
         assert torch.equal(read[module][1].flatten(), up.flatten())
         assert read[module][2] == alpha
-    assert read_safetensors_metadata(first)["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    said = read_safetensors_metadata(first)
+    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert said["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
 def test_diffusers_reads_the_lora(distilled, tmp_path):
