@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +34,12 @@ OF_THE_TRAINER = ["diffusers", "accelerate", "peft", "datasets", "pyarrow", "ope
 
 def test_import_is_quick_and_brings_no_other_package():
     best = float("inf")
+    # As a user's ComfyUI has it from the second start on: Python compiles a file once.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
     for attempt in range(6):  # other work on the machine only adds: the best of some is what it costs
         absent = [] if attempt else OF_THE_TRAINER  # the pack starts without them, too
         command = [sys.executable, "-c", SCRIPT, *absent]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True, env=environment)
         measured = json.loads(run.stdout.splitlines()[-1])
         print(measured)
         assert measured["nodes"] == 11
@@ -44,6 +47,6 @@ def test_import_is_quick_and_brings_no_other_package():
         if not attempt:
             continue
         best = min(best, measured["milliseconds"])
-        if best < 50:
+        if best < 40:
             return
-    raise AssertionError(f"importing the pack takes {best:.0f} ms of CPU time, expected less than 50")
+    raise AssertionError(f"importing the pack takes {best:.0f} ms of CPU time, expected less than 40")

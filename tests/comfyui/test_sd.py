@@ -128,7 +128,9 @@ def test_every_guidance_and_preset(nodes, kit, recipes, put, caplog):
         guided = sampled(nodes, kit, model, recipe, guidance=mode, negative=kit.negative)
         assert guided.isfinite().all()
         assert (guided - alone).abs().max() > 1e-3
-    for preset in recipes.PRESETS:
+    for preset, known in recipes.PRESETS.items():
+        if known.prediction_type == "x0" or known.timestep_scale != 1:
+            continue  # of SDXL alone, and what the loaders have to set up
         (chosen,) = run(nodes["SiDRecipeOverride"], preset=preset, model=model)
         assert (chosen.architecture, chosen.base_model) == (kit.architecture.name, kit.architecture.base_model)
     assert sampled(nodes, kit, model, chosen).isfinite().all()
