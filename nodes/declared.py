@@ -1,4 +1,4 @@
-"""What a file's header says of its prediction type; ComfyUI's SDXL loader does not read it."""
+"""What a file's header says of its prediction type; ComfyUI's loaders do not read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..sid_train.core.noise_schedule import X0
 from ..sid_train.files.reading import shown
-from ..sid_train.models.stable_diffusion.statements import UNSUPPORTED, kinds
+from ..sid_train.models.stable_diffusion.statements import UNSUPPORTED, Stated, combine, kinds, of_settings
 
 
 def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lora: bool) -> list[str]:
@@ -41,3 +41,13 @@ def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lor
         "trained so) after this loader, and take the recipe from SiD Recipe Override, with the same preset and that "
         "model. ComfyUI itself takes an SDXL file for v-prediction if it holds an empty tensor named 'v_pred'."
     ]
+
+
+def declared(metadata: Mapping[str, str], path: str) -> Stated | None:
+    """What the header of ``path`` says of prediction type and noise schedule; None where it contradicts itself, or says
+    something that is not known: ``check_declared`` speaks of that.
+    """
+    try:
+        return combine(of_settings(metadata, "its header", path), path)
+    except ValueError:
+        return None

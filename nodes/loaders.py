@@ -23,7 +23,7 @@ from ..sid_train.files.header import read_header as read_whole_header
 from ..sid_train.files.reading import reading, shown
 from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
-from .declared import check_declared
+from .declared import check_declared, declared
 from .lora_names import in_kohyas_names
 from .lora_shapes import misfit
 from .models import check_model, fit_preset
@@ -119,11 +119,12 @@ def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool =
 
     A preset takes architecture and prediction type from the model, which is the file's own unless ``is_lora``.
     """
-    messages = []
-    model = sampled_as(model, recipe, path, not is_lora, is_own=choice == FROM_FILE and not is_lora)
+    messages, header = [], read_header(path, path)
+    said = None if is_lora else declared(header, path)
+    model = sampled_as(model, recipe, path, not is_lora, said)
     if choice != FROM_FILE:
         recipe = fit_preset(model, recipe, path, not is_lora)
-        messages = check_declared(read_header(path, path), recipe.prediction_type, path, is_lora)
+        messages = check_declared(header, recipe.prediction_type, path, is_lora)
     check_model(model, recipe, path, not is_lora)
     return model, recipe, messages
 

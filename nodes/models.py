@@ -61,7 +61,7 @@ def check_network(network, sampling, source: str, is_file: bool = False) -> str:
         "sampler. Where there are none, the model's file is of this kind, and few-step presets are not for it."
     )
     raise ValueError(
-        f"{source}: expected 1,000 discrete timesteps with eps- or v-prediction, got "
+        f"{source}: expected 1,000 discrete timesteps with eps-, v- or x0-prediction, got "
         f"{f'{kind}: ' if kind else ''}{' + '.join(names)}. {cure}"
     )
 
@@ -101,24 +101,32 @@ def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) ->
     sampling = model.get_model_object("model_sampling")
     predicts = check_network(model.model, sampling, source, is_file)
     architecture = architecture_of(model.model, source)
+    people = architecture.people
     wanted = STABLE_DIFFUSION.get(split_architecture(recipe.architecture)[0])
     if wanted is not architecture:
         raise ValueError(
             f"{source}: its recipe is for {wanted.people if wanted else recipe.architecture}, but the model is one of "
-            f"{architecture.people}. Recipe and model belong together: choose the other one. A preset takes the "
+            f"{people}. Recipe and model belong together: choose the other one. A preset takes the "
             "model's: connect 'model' of SiD Recipe Override."
         )
     _check_parametrisation(sampling, predicts, recipe, source)
+    cure = (
+        "(ComfyUI takes an SDXL file for v-prediction if it holds an empty tensor named 'v_pred'; sid_train writes it.)"
+        if architecture is SDXL
+        else f"ComfyUI cannot tell what files of {people} predict: if the model is right, put ModelSamplingDiscrete "
+        f"with '{'v_prediction' if recipe.prediction_type == 'v_prediction' else 'eps'}'"
+        f"{' and zsnr' * recipe.zero_terminal_snr} behind ComfyUI's loader, before this."
+    )
     if recipe.prediction_type != predicts:
         raise ValueError(
             f"{source}: its recipe says prediction type {recipe.prediction_type}, but ComfyUI loaded the model as "
             f"{predicts}. Recipe and model belong together: choose the other one. A preset takes the model's: connect "
-            "'model' of SiD Recipe Override. (ComfyUI takes an SDXL file for v-prediction if it holds an empty tensor "
-            "named 'v_pred'; sid_train writes it.)"
+            f"'model' of SiD Recipe Override. {cure}"
         )
     is_ztsnr = has_zero_terminal_snr(sampling)
     if recipe.zero_terminal_snr != is_ztsnr:
         raise ValueError(
             f"{source}: its recipe says zero terminal SNR is {str(recipe.zero_terminal_snr).lower()}, but ComfyUI "
             f"loaded the model with {str(is_ztsnr).lower()}. Choose the recipe that belongs to this model."
+            f"{'' if architecture is SDXL else f' {cure}'}"
         )

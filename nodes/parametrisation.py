@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from ..sid_train.core.architectures import SDXL
 from ..sid_train.core.noise_schedule import X0
 from ..sid_train.core.recipe import SiDRecipe
+from ..sid_train.models.stable_diffusion.statements import Stated
 from .models import architecture_of, check_network, has_zero_terminal_snr
 
 KEY = "sid_timestep_scale"
@@ -37,19 +38,20 @@ class ScaledTimesteps:
         return super().calculate_denoised(told, model_output, at_told)
 
 
-def sampled_as(model, recipe: SiDRecipe, source: str, is_file: bool = False, is_own: bool = False):
+def sampled_as(model, recipe: SiDRecipe, source: str, is_file: bool = False, said: Stated | None = None):
     """MODEL with what ``recipe`` says of its network and ComfyUI does not know: itself where that is nothing.
 
     Of SDXL, ComfyUI reads from tensors in the file whether it predicts v, and zero terminal SNR. Of SD 1.x it takes all
-    files for epsilon, of 2.x it guesses: there the recipe decides, if it is the own one of the model's file (is_own).
+    files for epsilon, of 2.x it guesses: there it counts what the model's own file says (said).
 
     ValueError for a model that is not sampled as these are (see ``check_network``).
     """
     sampling = model.get_model_object("model_sampling")
     known = check_network(model.model, sampling, source, is_file), has_zero_terminal_snr(sampling)
     predicts, zero_snr = known
-    if is_own and recipe.prediction_type in KINDS and architecture_of(model.model, source) is not SDXL:
-        predicts, zero_snr = recipe.prediction_type, recipe.zero_terminal_snr
+    if said is not None and architecture_of(model.model, source) is not SDXL:
+        predicts = said.prediction_type if said.prediction_type in KINDS else predicts
+        zero_snr = zero_snr if said.zero_terminal_snr is None else said.zero_terminal_snr
     if recipe.prediction_type == X0:
         predicts = X0
     if (predicts, zero_snr) == known and recipe.timestep_scale == 1:

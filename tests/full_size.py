@@ -202,7 +202,7 @@ def main() -> None:
     if "export" in args.steps:
         export(run_dir, report)
     if "comfyui" in args.steps:
-        comfyui(folder, base.stem, kind_called(args.kind).resolution("epsilon"))
+        comfyui(folder, base.stem, kind_called(args.kind).architecture.epsilon.resolution)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from small_sdxl import small_vae, text_config, unet_and_vae_tensors
 from transformers import CLIPTextModel
 
-from sid_train.models.stable_diffusion.keys import to_open_clip
+from sid_train.models.stable_diffusion.keys import rename, to_open_clip, unet_modules
 from sid_train.models.stable_diffusion.kinds import SD1_KIND, SD2_KIND, Kind
 from sid_train.models.stable_diffusion.text import clip_tokenizers
 
@@ -67,4 +67,21 @@ def save_single_file(
     tensors |= {kind.encoders[0].prefixes[0] + name: tensor for name, tensor in text.items()}
     tensors["model_ema.decay"] = torch.ones(())  # as in the first of them, and of no use
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def sd2_with_spread(path: Path, spread: float) -> Path:
+    """SD 2.x's UNet in four levels, as thin as its heads let it be, whose one norm tells that it predicts v where its
+    biases are spread.
+    """
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(64,) * 4, attention_head_dim=(1,) * 4, cross_attention_dim=64, use_linear_projection=True
+    )
+    norm = unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1
+    torch.nn.init.constant_(norm.bias[::2], spread)
+    torch.nn.init.constant_(norm.bias[1::2], -spread)
+    state = unet.state_dict()
+    names = rename(state, unet_modules(unet.config))
+    save_file({f"model.diffusion_model.{names[k]}": tensor for k, tensor in state.items()}, path)
     return path

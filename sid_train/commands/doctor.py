@@ -39,7 +39,7 @@ FLOORS = {
 }
 """What the trainer needs, as pyproject.toml says, in the order in which it is tried: what is quick comes first."""
 OPTIONAL = {
-    "open-clip-torch": "SDXL from a single file, whose CLIP vocabulary it ships",
+    "open-clip-torch": "models in single files, whose CLIP vocabulary it ships",
     "bitsandbytes": "optimizer.kind adam8bit",
     "wandb": "training.tracker wandb",
     "datasets": "prompts of the hub (hf:)",
@@ -181,7 +181,7 @@ def _examine_packages(found: Findings, seconds: float) -> None:
         what = "the CLIP vocabulary is missing" + (
             ", though open-clip-torch is there" * bool(optional["open-clip-torch"])
         )
-        found.problem("SDXL from a single file", what, "pip install --force-reinstall open-clip-torch")
+        found.problem("models in single files", what, "pip install --force-reinstall open-clip-torch")
 
 
 def try_imports(modules: list[tuple[str, str]], seconds: float) -> dict[str, dict[str, Any]]:

@@ -214,6 +214,6 @@ def require_no_guidance_embedding(names: Iterable[str], path: str | Path) -> Non
     if (name := next((name for name in names if name.endswith(GUIDANCE_EMBEDDING)), None)) is not None:
         raise ValueError(
             f"{shown(path)}: expected a UNet without an embedding of the guidance scale, got {shown(name, 200)}, as "
-            "LCM's whole UNets have it: its pictures would be wrong without that input. Use LCM's LoRA "
-            "(latent-consistency/lcm-lora-sdxl) on an SDXL model instead."
+            "LCM's whole UNets have it: its pictures would be wrong without that input. Use LCM's LoRA on a model of "
+            "its generation instead: lcm-lora-sdxl, lcm-lora-sdv1-5 or lcm-lora-ssd-1b of latent-consistency."
         )

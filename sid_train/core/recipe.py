@@ -156,9 +156,7 @@ class SiDRecipe:
     def kohya_version(self) -> str:
         """What kohya's trainers call the base model (``ss_base_model_version``); empty for no Stable Diffusion."""
         known = STABLE_DIFFUSION.get(split_architecture(self.architecture)[0])
-        if known is None:
-            return ""
-        return known.kohya_v if self.prediction_type == "v_prediction" else known.kohya
+        return known.variant(self.prediction_type).kohya if known else ""
 
     @property
     def description(self) -> str:
@@ -180,10 +178,8 @@ class SiDRecipe:
         return ladder_timesteps(self.ladder, steps, self.t_init)
 
     def for_architecture(self, architecture: Architecture) -> SiDRecipe:
-        """The same chain for a generator of another architecture, of which nothing else is known."""
-        if architecture.name == self.architecture:
-            return self
-        size = architecture.resolution_v if self.prediction_type == "v_prediction" else architecture.resolution
+        """The same chain for a generator of which nothing but its architecture is known."""
+        size = architecture.variant(self.prediction_type).resolution
         facts: dict[str, Any] = {"architecture": architecture.name, "base_model": architecture.base_model}
         return replace(self, training_resolution=(size, size), **facts)
 
@@ -252,7 +248,7 @@ class SiDRecipe:
         known = STABLE_DIFFUSION.get(name)
         if known is None:
             return {"modelspec.architecture": self.architecture, "modelspec.implementation": OTHER_IMPLEMENTATION}
-        word = known.spec_v if self.prediction_type == "v_prediction" else known.spec
+        word = known.variant(self.prediction_type).spec
         keys = {
             "modelspec.architecture": word + LORA_SUFFIX * is_lora,
             "modelspec.implementation": known.implementation,

@@ -43,7 +43,7 @@ class PicturePairs:
                 "file anew"
             )
         cond = self.captions.read([row])
-        if self.buckets:
+        if self.buckets and "time_ids" in cond.tensors:  # SD 1.x and 2.x are told no sizes
             cond = cond.replace(time_ids=torch.tensor([time_ids], dtype=cond.time_ids.dtype))
         return latents, cond
 

@@ -32,9 +32,12 @@ def thumbnail(grid: Path, columns: int) -> str:
     """The first two by two pictures of an image file of square pictures in ``columns``, as a data: URL of a JPEG of at
     most 256x256. OSError where it is no image.
     """
-    with Image.open(grid) as image:
-        side = 2 * (image.width // columns)
-        picture = image.convert("RGB").crop((0, 0, side, side))
+    try:
+        with Image.open(grid) as image:
+            side = 2 * (image.width // columns)
+            picture = image.convert("RGB").crop((0, 0, side, side))
+    except Image.DecompressionBombError as error:  # a grid of huge pictures
+        raise OSError(str(error)) from None
     picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     for quality in (85, 60, 35, 10):  # noise, which compresses worst, fits at the last
         file = io.BytesIO()

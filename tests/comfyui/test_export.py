@@ -156,7 +156,8 @@ def test_checkpoint_in_fp16_and_fp8(pack, nodes, put, generator, latents):
     from small_models import vae_tensors
 
     rest = {f"first_stage_model.{k}": v for k, v in vae_tensors().items()}
-    rest["conditioner.embedders.0.none"] = torch.zeros(1)
+    for encoder in ("0.transformer", "1.model"):
+        rest[f"conditioner.embedders.{encoder}.none"] = torch.zeros(1)
     tensors = module(pack, "sid_train.files.tensors").LazyTensor
     parts = replace(generator.model, load_rest=lambda: {k: tensors.of(v) for k, v in rest.items()})
     whole = replace(generator, model=parts)

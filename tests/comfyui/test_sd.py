@@ -189,3 +189,38 @@ def test_sd15_from_a_checkpoint_to_a_picture(pack, nodes, tmp_path, monkeypatch,
     assert (bundle.denoiser.unet.conv_out.weight - before).abs().max() > 1e-4  # it was trained
     ours = SimpleNamespace(positive=[[cond.text, {}]])
     assert_same(sampled(nodes, ours, in_fp32(model), recipe), chain(pack, bundle.denoiser, cond, recipe))
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2])
+def test_sd2_predicts_v_where_comfyui_takes_it_so(pack, tmp_path, spread):
+    from comfy.model_base import ModelType
+    from comfy.supported_models import SD20
+    from small_sd import sd2_with_spread
+
+    path = sd2_with_spread(tmp_path / "x.safetensors", spread)
+    theirs = SD20({"in_channels": 4}).model_type(load_file(path), "model.diffusion_model.")
+    ours = module(pack, "sid_train.models.stable_diffusion.parts").open_parts(str(path)).prediction_type
+    assert ours == ("v_prediction" if theirs is ModelType.V_PREDICTION else "epsilon")
+    assert (theirs is ModelType.V_PREDICTION) == (spread > 0.1)
+
+
+def test_a_preset_follows_what_the_header_says(pack, nodes, kit, put, caplog):
+    """Also where the file's own recipe is replaced."""
+    facts = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    name = put("diffusion_models", "unet", replace(kit.generator, recipe=replace(kit.generator.recipe, **facts)))
+    _, recipe = run(nodes["SiDDiffusionModelLoader"], unet_name=name, recipe="SiD 999 (2 steps)")
+    assert (recipe.prediction_type, recipe.zero_terminal_snr) == ("v_prediction", True)
+    assert "noise" not in text_of(caplog).replace("noise fresh", "")
+
+
+def test_a_lora_for_v_says_how_its_model_is_loaded(nodes, kit, put):
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    model = comfy.sd.load_diffusion_model(str(kit.file), model_options={"dtype": torch.float32})
+    facts = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    name = put("loras", "lora", replace(kit.generator, recipe=replace(kit.generator.recipe, **facts)))
+    with pytest.raises(ValueError, match="put ModelSamplingDiscrete with 'v_prediction' and zsnr behind"):
+        run(nodes["SiDLoRALoader"], model=model, lora_name=name)
+    (right,) = ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    assert run(nodes["SiDLoRALoader"], model=right, lora_name=name)[1].prediction_type == "v_prediction"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from PIL import Image
 from small_sd import save_single_file, small_pipeline
 
@@ -30,7 +29,7 @@ def picture(generator: object, out, *options: object) -> Image.Image:
 
 
 def test_sd15_whole_networks_from_a_file(tmp_path, capsys):
-    """Planned, distilled, exported and sampled; a second stage starts from it."""
+    """Planned, distilled, exported and sampled."""
     teacher, prompts = tmp_path / "v1-5.safetensors", tmp_path / "prompts.txt"
     save_single_file(teacher, SD1_KIND, small_pipeline(SD1_KIND))
     prompts.write_text("a cat\na lighthouse" + ", with a lamp" * 30 + "\n")
@@ -46,8 +45,6 @@ def test_sd15_whole_networks_from_a_file(tmp_path, capsys):
     of_rank = ("--format", "lora", "--rank", 4, "--base", teacher)
     run("export", tmp_path / "run", *of_rank, "-o", tmp_path / "l.safetensors")
     assert picture(tmp_path / "l.safetensors", tmp_path / "y.png", "--base", teacher).size == (64, 64)
-    again = ["--set", f"model.init_generator={tmp_path / 'all.safetensors'}"]
-    run("distill", *config, *again, "--out", tmp_path / "second")
 
 
 def test_sd21_that_predicts_v_as_adapters_with_pairs_from_a_folder(tmp_path):
@@ -58,7 +55,13 @@ def test_sd21_that_predicts_v_as_adapters_with_pairs_from_a_folder(tmp_path):
     for number in range(2):
         Image.new("RGB", (96, 80), (80 * number, 40, 200)).save(pairs / f"{number}.png")
         (pairs / f"{number}.txt").write_text("a cat")
-    more = (f"data.pairs={pairs}", "gan.generator_weight=0.01", "adapter.rank=4", "training.sharding=none")
+    more = (
+        f"data.pairs={pairs}",
+        "gan.generator_weight=0.01",
+        "adapter.rank=4",
+        "training.sharding=none",
+        "data.buckets=true",
+    )
     run("distill", "--config", "sd15-1step", *settings(teacher, prompts, *more), "--out", tmp_path / "run")
     recipe = read_recipe(tmp_path / "run" / "generator.safetensors")
     assert (recipe.architecture, recipe.prediction_type) == ("stable-diffusion-v2/lora", "v_prediction")
@@ -67,11 +70,10 @@ def test_sd21_that_predicts_v_as_adapters_with_pairs_from_a_folder(tmp_path):
     assert found.size == (64, 64)
 
 
-@pytest.mark.parametrize("says", ["epsilon", "v_prediction"])
-def test_a_file_of_sd2_that_says_nothing_is_what_the_configuration_says(tmp_path, says):
+def test_a_file_of_sd2_that_says_nothing_is_what_the_configuration_says(tmp_path):
     teacher = save_single_file(tmp_path / "x.safetensors", SD2_KIND, small_pipeline(SD2_KIND))
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    more = (f"model.prediction_type={says}", "adapter.rank=2", "training.sharding=none", "training.grid_every=0")
+    more = ("model.prediction_type=v_prediction", "adapter.rank=2", "training.sharding=none", "training.grid_every=0")
     run(
         "distill",
         "--config",
@@ -80,6 +82,6 @@ def test_a_file_of_sd2_that_says_nothing_is_what_the_configuration_says(tmp_path
         "--out",
         tmp_path / "r",
     )
-    assert read_recipe(tmp_path / "r" / "generator.safetensors").prediction_type == says
+    assert read_recipe(tmp_path / "r" / "generator.safetensors").prediction_type == "v_prediction"
     # The LoRA goes on the very file that it was distilled from, though that says nothing.
     assert picture(tmp_path / "r" / "generator.safetensors", tmp_path / "x.png", "--base", teacher).size == (64, 64)

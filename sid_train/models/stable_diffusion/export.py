@@ -241,13 +241,13 @@ def _rest(generator: Generator, dtype: torch.dtype, vae: Path | None) -> dict[st
     rest = dict(parts_of(generator).load_rest())
     if vae is not None:
         rest = {k: t for k, t in rest.items() if not k.startswith(VAE)} | vae_tensors(vae)
-    parts = parts_of(generator).kind.rest
-    missing = [part for part in parts if not any(name.startswith(part) for name in rest)]
-    if missing:
-        text, autoencoder = (part[0] for part in parts)
+    needed = [*(encoder.prefixes for encoder in parts_of(generator).kind.encoders), (VAE,)]
+    if missing := [prefixes[0] for prefixes in needed if not any(name.startswith(prefixes) for name in rest)]:
+        people = parts_of(generator).kind.architecture.people
+        names = ", ".join(f"{prefixes[0]}*" for prefixes in needed)
         raise ValueError(
-            f"checkpoint: expected text encoders ({text}*) and a VAE ({autoencoder}*), but {missing[0][0]}* is "
-            "missing in the model's file: give a whole checkpoint as --base, or --vae, or export --format unet"
+            f"checkpoint: expected the text encoders and the VAE of {people} ({names}), but {missing[0]}* is missing "
+            f"in the model's file: give a whole checkpoint of {people} as --base, or --vae, or export --format unet"
         )
     shrink = dtype != torch.float32
     return {

@@ -18,7 +18,7 @@ from .base import base_text_encoders, base_unet, base_vae
 from .export import FORMATS, export, open_exported
 from .folder import open_vae, weights_of
 from .keys import UNET, VAE
-from .kinds import Kind, kind_of_name, kind_of_unet
+from .kinds import Kind, kind_of_name, kind_of_unet, predicts_by_name
 from .networks import build_unet, build_vae, shapes_of
 from .parts import StableDiffusionParts, check_resolution, open_parts, vae_tensors
 from .text import WINDOW
@@ -53,12 +53,13 @@ class StableDiffusionFamily(ModelFamily):
         if not path.exists():
             text = sum(map(count_parameters, base_text_encoders(self.kind)))
             name = f"{self.kind.architecture.base_model} (there is no {source} here to read the shapes of)"
-            size = resolution or self.kind.resolution(prediction_type)
+            predicts = predicts_by_name(source) if prediction_type == AUTO else prediction_type
+            size = resolution or self.kind.architecture.variant(predicts).resolution
             return _shapes(name, base_unet(self.kind), size, text, base_vae())
         parts = open_parts(source, prediction_type)
         text, vae = (_rest_of_folder if path.is_dir() else _rest_of_file)(path, parts.kind)
         unet = build_unet(parts.unet_config, parts.tensors, None)
-        size = resolution or parts.kind.resolution(parts.prediction_type)
+        size = resolution or parts.kind.architecture.variant(parts.prediction_type).resolution
         return _shapes(f"{parts.name}, read from {source}", unet, size, text, vae)
 
     def open_generator(self, path: Path, recipe: SiDRecipe, base: str | None) -> Generator:

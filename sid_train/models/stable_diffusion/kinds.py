@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ...core.architectures import SD1, SD2, SDXL, Architecture
-from .keys import VAE, Shapes
+from .keys import Shapes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Kind:
     encoders: the text encoders, in the order in which their hidden states are put side by side
     scaling_factor: of the VAE's latents, to about unit variance
     known_as: how names of its models begin that are not here to be read
-    rest: of all tensors in single files but the UNet's, the prefixes: of the text encoders, and of the VAE
+    text: the prefixes of all that single files have of text encoders
     has_markers: ComfyUI knows v-prediction and a zero-terminal-SNR schedule of its files by ``keys.MARKERS``
     """
 
@@ -47,13 +47,8 @@ class Kind:
     encoders: tuple[TextEncoder, ...]
     scaling_factor: float
     known_as: re.Pattern[str]
-    rest: tuple[tuple[str, ...], ...]
+    text: tuple[str, ...]
     has_markers: bool = False
-
-    def resolution(self, prediction_type: str) -> int:
-        """Of the square pictures that it makes, in pixels."""
-        is_v = prediction_type == "v_prediction"
-        return self.architecture.resolution_v if is_v else self.architecture.resolution
 
 
 SDXL_KIND = Kind(
@@ -71,7 +66,7 @@ SDXL_KIND = Kind(
     ),
     0.13025,
     re.compile(r"sd_?xl|stable-diffusion-xl", re.IGNORECASE),
-    (("conditioner.",), (VAE,)),
+    ("conditioner.",),
     has_markers=True,
 )
 SD1_KIND = Kind(
@@ -79,7 +74,7 @@ SD1_KIND = Kind(
     (TextEncoder("CLIP-L", ("cond_stage_model.transformer.",), activation="quick_gelu"),),
     0.18215,
     re.compile(r"stable-diffusion-v?1|sd[-_]?v?1|v1-[45]", re.IGNORECASE),
-    (("cond_stage_model.",), (VAE,)),
+    ("cond_stage_model.",),
 )
 SD2_KIND = Kind(
     SD2,
@@ -93,9 +88,10 @@ SD2_KIND = Kind(
     ),
     0.18215,
     re.compile(r"stable-diffusion-v?2|sd[-_]?v?2|v2-[01]|sd[-_]turbo", re.IGNORECASE),
-    (("cond_stage_model.", "conditioner."), (VAE,)),
+    ("cond_stage_model.", "conditioner."),
 )
 KINDS = (SD1_KIND, SD2_KIND, SDXL_KIND)
+V_NAMES = re.compile(r"stable-diffusion-2(-1)?$|v2-[01]_768|768-v", re.IGNORECASE)
 
 
 def kind_named(architecture: str) -> Kind:
@@ -113,5 +109,14 @@ def kind_of_unet(shapes: Shapes) -> Kind:
 
 def kind_of_name(source: str) -> Kind:
     """That of a model that is not here, by its name: a hub id's last part or a file's name. SDXL where it says none."""
-    name = re.split(r"[/\\]", source)[-1]
+    name = _last_part(source)
     return next((kind for kind in KINDS if kind.known_as.match(name)), SDXL_KIND)
+
+
+def predicts_by_name(source: str) -> str:
+    """What a model that is not here predicts, by its name: SD 2.0 and 2.1 for 768 pixels say no "base"."""
+    return "v_prediction" if V_NAMES.match(_last_part(source)) else "epsilon"
+
+
+def _last_part(source: str) -> str:
+    return re.split(r"[/\\]", source)[-1]

@@ -152,7 +152,7 @@ class StableDiffusionParts(OpenedModel):
     def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
         """As ``OpenedModel.load``. Text encoders and VAE are read when they are first used, in fp32."""
         unet = build_unet(self.unet_config, self.tensors, dtype, str(self.weights))
-        resolution = resolution or self.kind.resolution(self.prediction_type)
+        resolution = resolution or self.kind.architecture.variant(self.prediction_type).resolution
         size = (resolution, resolution)
         conditioner = SDXLConditioner if self.kind is SDXL_KIND else SDConditioner
         return ModelBundle(
@@ -241,7 +241,8 @@ def _from_file(path: Path, asked: str, asked_by: str, pickled: Tensors | None = 
         unet = {name: tensor for name, tensor in _under(tensors, prefix).items() if name not in MARKERS}
         config, named = read_unet(unet, shown(path), prefix)
         kind = kind_of_unet(shapes_of(unet))
-        if kind is SD2_KIND and asked == AUTO and not any(statement.prediction_type for statement in told):
+        is_decided = asked != AUTO and asked_by == CONFIGURATION
+        if kind is SD2_KIND and not is_decided and not any(statement.prediction_type for statement in told):
             told += _by_spread(named)
         stated = statements.combine(told, shown(path), asked, asked_by)
     return StableDiffusionParts(
@@ -268,12 +269,11 @@ def _by_spread(unet: Tensors) -> list[statements.Statement]:
 
 
 def _rest_in_file(path: Path, kind: Kind) -> Rest:
-    prefixes = tuple(prefix for part in kind.rest for prefix in part)
     return Rest(
         load_text=partial(_text_from_file, path, kind),
         load_tokenizers=partial(_own_tokenizers, kind),
         load_vae=partial(_vae_from_file, path, kind),
-        load_rest=lambda: {k: tensor for k, tensor in open_tensors(path).items() if k.startswith(prefixes)},
+        load_rest=lambda: {k: tensor for k, tensor in open_tensors(path).items() if k.startswith((*kind.text, VAE))},
         read_from=(path,),
     )
 

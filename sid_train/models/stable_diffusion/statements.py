@@ -12,7 +12,7 @@ from ...core.noise_schedule import PREDICTION_TYPES, PredictionType
 from ...files.reading import shown
 from .keys import EDM_MARKERS, MARKERS, UNET
 
-SUPPORTED = "expected a model that predicts epsilon or v on SDXL's own noise schedule"
+SUPPORTED = "expected a model that predicts epsilon or v on the noise schedule of Stable Diffusion and SDXL"
 
 # All spelled without punctuation, in lower case. Keys are those of the model metadata standard (modelspec.*), of
 # kohya's trainers (ss_*), of recipes (sid.*) and of diffusers, after the prefix.
@@ -147,7 +147,7 @@ def _neither(value: object, place: str, source: str) -> ValueError:
 
 def of_scheduler(config: Mapping[str, Any], where: str, source: str) -> list[Statement]:
     """What a ``scheduler_config.json`` says. How a model is to be sampled is not read; ValueError for a noise schedule
-    that is not SDXL's.
+    that is another.
     """
     kind = config.get("_class_name")
     if kind is not None and str(kind) not in SCHEDULERS:
@@ -159,10 +159,10 @@ def of_scheduler(config: Mapping[str, Any], where: str, source: str) -> list[Sta
         value = config.get(key, ours if is_default or key == "num_train_timesteps" else "nothing")
         if value != ours and not (isinstance(ours, float) and _is_close(value, ours)):
             raise ValueError(
-                f"{source}: {where}: {key}: expected {ours}, as SDXL has, got {shown(value, 60)}: {SUPPORTED}"
+                f"{source}: {where}: {key}: expected {ours}, as all have, got {shown(value, 60)}: {SUPPORTED}"
             )
     if config.get("trained_betas") is not None:
-        raise ValueError(f"{source}: {where}: trained_betas: expected none, as SDXL has: {SUPPORTED}")
+        raise ValueError(f"{source}: {where}: trained_betas: expected none: {SUPPORTED}")
     for key in ("sigma_min", "sigma_max", "sigma_data"):
         if config.get(key) is not None:
             raise ValueError(f"{source}: {where}: {key} is set, as for an EDM model: {SUPPORTED}")

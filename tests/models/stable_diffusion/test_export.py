@@ -286,7 +286,7 @@ def test_impossible_exports(distilled, tmp_path, options, message):
 def test_unet_alone_cannot_be_a_checkpoint(distilled, teacher, tmp_path):
     unet, path = tmp_path / "unet.safetensors", tmp_path / "checkpoint.safetensors"
     export(distilled, unet, "unet", "fp16")
-    with pytest.raises(ValueError, match="give a whole checkpoint as --base"):
+    with pytest.raises(ValueError, match="give a whole checkpoint of SDXL as --base"):
         export(open_generator(str(unet)), path, "checkpoint", "fp16")
     export(open_generator(str(unet), teacher), path, "checkpoint", "fp16")
     assert any(name.startswith("conditioner.") for name in open_tensors(path))

@@ -9,12 +9,11 @@ import small_sdxl
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from small_sd import save_single_file, small_pipeline
+from small_sd import save_single_file, sd2_with_spread, small_pipeline
 
 from sid_train.core.architectures import SD1, SD2, SDXL
 from sid_train.core.recipe import SiDRecipe, read_recipe
 from sid_train.files.header import read_safetensors_metadata
-from sid_train.files.tensors import LazyTensor
 from sid_train.models.families import (
     export_generator,
     load_generator,
@@ -26,7 +25,6 @@ from sid_train.models.families import (
 from sid_train.models.family import ExportOptions, Generator, merge_lora
 from sid_train.models.stable_diffusion.kinds import SD1_KIND, SD2_KIND, SDXL_KIND, kind_of_name
 from sid_train.models.stable_diffusion.lora import kohya_modules
-from sid_train.models.stable_diffusion.parts import TELLS_V
 from sid_train.sample import sample_images
 
 PROMPTS = ["a lighthouse at dawn, 35mm", "", "Ünïcode, a cat's 3 hats!", "word " * 100]
@@ -117,14 +115,23 @@ def test_pictures_are_as_large_as_the_generations(kind, said, expected, tmp_path
     assert model_shapes(str(tmp_path / "x"), 0).latent_shape == (4, expected // 8, expected // 8)
 
 
-def test_a_file_of_sd2_predicts_v_where_comfyui_takes_it_so():
-    """By the spread of one norm's biases, which files of this size do not have: the rest is as it is."""
-    from sid_train.models.stable_diffusion.parts import _by_spread
-
-    for spread, expected in ((0.05, []), (0.2, ["v_prediction"])):
-        bias = torch.tensor([-spread, spread] * 160)
-        assert [said.prediction_type for said in _by_spread({TELLS_V: LazyTensor.of(bias)})] == expected
-    assert _by_spread({}) == []
+def test_a_file_of_sd2_that_says_nothing_is_told_by_a_norm(tmp_path):
+    """As ComfyUI tells it (tests/comfyui/test_sd.py); what the configuration says counts before it."""
+    for spread, expected in ((0.05, "epsilon"), (0.2, "v_prediction")):
+        path = sd2_with_spread(tmp_path / f"{spread}.safetensors", spread)
+        assert open_model(str(path)).prediction_type == expected
+        assert load_model(str(path), None).image_size[0] == {"epsilon": 512, "v_prediction": 768}[expected]
+        assert open_model(str(path), prediction_type="epsilon").prediction_type == "epsilon"
+    model = open_model(str(path))
+    name, weight = next((k, t) for k, t in model.tensors.items() if k.endswith("to_q.weight"))
+    adapter = {name.removesuffix(".weight"): (torch.ones(1, weight.shape[1]), torch.ones(weight.shape[0], 1), 1.0)}
+    for predicts in ("epsilon", "v_prediction"):
+        recipe = SiDRecipe(prediction_type=predicts, base_model_hash="0" * 64).for_architecture(SD2)
+        lora = tmp_path / f"{predicts}-lora.safetensors"
+        export_generator(Generator(model, recipe, model.tensors, adapter), lora, ExportOptions("lora", "fp32"))
+    assert open_generator(str(lora), str(path)).model.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match=r"is a v_prediction model \(the spread of its tensor .* but the recipe of"):
+        open_generator(str(tmp_path / "epsilon-lora.safetensors"), str(path))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +142,7 @@ def test_a_file_of_sd2_predicts_v_where_comfyui_takes_it_so():
         ("models/v1-5-pruned-emaonly.safetensors", SD1),
         ("C:\\models\\sd_v1.5.safetensors", SD1),
         ("stabilityai/stable-diffusion-2-1-base", SD2),
+        ("stabilityai/stable-diffusion-2-1", SD2),
         ("v2-1_768-ema-pruned.safetensors", SD2),
         ("stabilityai/sd-turbo", SD2),
         ("stabilityai/stable-diffusion-xl-base-1.0", SDXL),
@@ -148,6 +156,8 @@ def test_what_is_not_here_is_planned_by_its_name(name, expected):
     assert shapes.name.startswith(expected.base_model)
     assert shapes.conditioning["text"] == (77, expected.text_width)
     assert ("pooled" in shapes.conditioning) == (expected is SDXL)
+    predicts_v = name.endswith("-2-1") or "_768" in name
+    assert 8 * shapes.latent_shape[1] == (expected.v if predicts_v else expected.epsilon).resolution
 
 
 # -- generators ------------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def test_every_format_gives_the_same_pictures(kind, distilled, file, tmp_path, f
     pictures = [sample_images(each, distilled.recipe, ["a cat"], seed=0) for each in (bundle, expected)]
     torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
     if format_ == "checkpoint":
-        assert read_safetensors_metadata(path)["modelspec.architecture"] == kind.architecture.spec
+        assert read_safetensors_metadata(path)["modelspec.architecture"] == kind.architecture.epsilon.spec
         of_file, of_export = load_file(file), load_file(path)
         rest = {name for name in of_file if name.startswith(kind.encoders[0].prefixes[0])}
         assert rest <= of_export.keys()
@@ -195,7 +205,7 @@ def test_every_format_gives_the_same_pictures(kind, distilled, file, tmp_path, f
 def test_diffusers_reads_the_lora(kind, distilled, pipeline, tmp_path):
     path = tmp_path / "lora.safetensors"
     export_generator(distilled, path, ExportOptions("lora", "fp32"))
-    assert read_safetensors_metadata(path)["ss_base_model_version"] == kind.architecture.kohya
+    assert read_safetensors_metadata(path)["ss_base_model_version"] == kind.architecture.epsilon.kohya
     theirs = small_pipeline(kind)
     theirs.load_lora_weights(path)
     theirs.fuse_lora()
@@ -229,3 +239,11 @@ def test_generations_are_not_mixed(kind, distilled, file, tmp_path):
     with pytest.raises(ValueError, match=rf"unet.safetensors: it is a model of {people}, but its recipe .* for SDXL"):
         open_generator(str(unet))
     assert open_generator(str(lora), file).model.kind is kind is not SDXL_KIND
+    # Nor are the parts of checkpoints: a base of another generation has other text encoders.
+    export_generator(distilled, unet, ExportOptions("unet", "fp32"))
+    other = SD2_KIND if kind is SD1_KIND else SD1_KIND
+    base = save_single_file(tmp_path / "other.safetensors", other, small_pipeline(other))
+    for wrong in (base, sdxl):
+        generator = open_generator(str(unet), str(wrong))
+        with pytest.raises(ValueError, match=rf"expected the text encoders and the VAE of {people} .* is missing"):
+            export_generator(generator, tmp_path / "x.safetensors", ExportOptions("checkpoint", "fp32"))
