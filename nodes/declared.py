@@ -45,9 +45,11 @@ def check_declared(metadata: Mapping[str, str], predicts: str, path: str, is_lor
 
 def declared(metadata: Mapping[str, str], path: str) -> Stated | None:
     """What the header of ``path`` says of prediction type and noise schedule; None where it contradicts itself, or says
-    something that is not known: ``check_declared`` speaks of that.
+    something that is not known: ``check_declared`` speaks of that. Epsilon is said by recipes alone (see there).
     """
     try:
-        return combine(of_settings(metadata, "its header", path), path)
+        stated = combine(of_settings(metadata, "its header", path), path)
     except ValueError:
         return None
+    is_said = stated.prediction_type == "v_prediction" or "sid.prediction_type" in metadata
+    return stated if is_said else Stated(None, stated.zero_terminal_snr)

@@ -21,6 +21,7 @@ from ..sid_train.core.recipe import (
 )
 from ..sid_train.files.header import read_header as read_whole_header
 from ..sid_train.files.reading import reading, shown
+from ..sid_train.models.stable_diffusion.statements import Stated
 from .checks import checked
 from .common import RecipeType, full_path, read_header, schema, warn
 from .declared import check_declared, declared
@@ -120,7 +121,10 @@ def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool =
     A preset takes architecture and prediction type from the model, which is the file's own unless ``is_lora``.
     """
     messages, header = [], read_header(path, path)
-    said = None if is_lora else declared(header, path)
+    said = None
+    if not is_lora:
+        is_own = choice == FROM_FILE
+        said = Stated(recipe.prediction_type, recipe.zero_terminal_snr) if is_own else declared(header, path)
     model = sampled_as(model, recipe, path, not is_lora, said)
     if choice != FROM_FILE:
         recipe = fit_preset(model, recipe, path, not is_lora)

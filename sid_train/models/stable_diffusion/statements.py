@@ -72,7 +72,7 @@ class Statement:
 class Stated:
     """What all places together say; None where none does."""
 
-    prediction_type: PredictionType | None
+    prediction_type: str | None
     zero_terminal_snr: bool | None
 
 
