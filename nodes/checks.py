@@ -122,6 +122,11 @@ def check_model_patcher(name: str, value: Any, declared: Any) -> None:
         raise _wrong(name, "a MODEL", value, "Connect 'MODEL' of a SiD loader.")
 
 
+def check_clip(name: str, value: Any, declared: Any) -> None:
+    if not all(hasattr(value, attribute) for attribute in ("cond_stage_model", "clone", "add_patches")):
+        raise _wrong(name, "a CLIP", value, "Connect 'CLIP' of a checkpoint loader.")
+
+
 def check_conditioning(name: str, value: Any, declared: Any) -> None:
     """ValueError unless CONDITIONING is as text encoders of SD 1.x, 2.x or SDXL make it. Which of these the model is,
     ``check_prompt`` asks.
@@ -206,6 +211,7 @@ CHECKS: dict[str, Callable[[str, Any, Any], None]] = {
     "STRING": check_text,
     "COMBO": check_combo,
     "MODEL": check_model_patcher,
+    "CLIP": check_clip,
     "CONDITIONING": check_conditioning,
     "LATENT": check_latent,
     "SID_RECIPE": check_recipe,

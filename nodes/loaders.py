@@ -240,8 +240,9 @@ class _ReadTensors(dict):
         return super().get(name, default)
 
 
-def apply_lora(model, path: str, strength: float, allow_partial: bool):
-    """``model`` with the UNet part of a LoRA file: (MODEL, what the user should be told).
+def apply_lora(model, clip, path: str, strength: float, allow_partial: bool):
+    """``model`` with the UNet part of a LoRA file and ``clip``, which may be None, with the part for text encoders:
+    (MODEL, CLIP, what the user should be told).
 
     ValueError if nothing in the file is for this model, if a part is not while ``allow_partial`` is false, for a LoRA
     of other widths than the model's, and for one whose weights are NaN or infinite.
@@ -250,6 +251,8 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
         loaded = in_kohyas_names(comfy.utils.load_torch_file(path, safe_load=True), read_header(path, path), path)
         tensors = _ReadTensors(comfy.lora_convert.convert_lora(loaded))
         patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+        of_clip = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
+        text_patches = comfy.lora.load_lora(tensors, of_clip, log_missing=False)
 
     expected = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT_ENCODER_PREFIXES)}
     for_text = len(tensors) - len(expected)
@@ -259,21 +262,26 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
             f"{path}: expected a LoRA for a UNet, but it has nothing for it: {held}. ComfyUI's own LoRA loader "
             "applies LoRAs for text encoders."
         )
-    missed = sorted(set(expected) - tensors.read)
-    if len(missed) == len(expected):
+    if not set(expected) & tensors.read:
+        missed = sorted(expected)
         raise ValueError(
             f"{path}: expected a LoRA for this model, but none of its {len(expected)} tensors match; the first is "
             f"{shown(missed[0], 200)!r}. Read are the names of kohya (lora_unet_*.lora_up.weight), diffusers "
             "(unet.*.lora.up.weight) and peft (base_model.model.*.lora_B.weight), with the model's modules in them."
         )
+    if clip:
+        expected = dict(tensors)
+    missed = sorted(set(expected) - tensors.read)
     check_numbers(expected, path)
     left_out = []
     if missed:
         first = ", ".join(shown(name, 100) for name in missed[:3]) + " ..." * (len(missed) > 3)
         left_out.append(f"{len(missed)} of its {len(expected)} tensors match nothing in this model: {first}")
-    if other_channels := _check_shapes(model, patches, path):
+    if other_channels := _check_shapes(model.model, patches, path):
         del patches[CONV_IN]
         left_out.append(other_channels)
+    if text_patches:
+        _check_shapes(clip.cond_stage_model, text_patches, path)
     if left_out and not allow_partial:
         raise ValueError(
             f"{path}: {'. '.join(left_out)}. A distillation LoRA that is applied in part gives wrong pictures. Set "
@@ -282,12 +290,15 @@ def apply_lora(model, path: str, strength: float, allow_partial: bool):
     patched = model.clone()
     patched.add_patches(patches, strength)
     messages = [f"The LoRA is applied in part: {what}" for what in left_out]
-    if for_text:
-        messages.append(f"{for_text} tensors of the LoRA are for text encoders, which this node leaves as they are.")
-    return patched, messages
+    if clip and text_patches:
+        clip = clip.clone()
+        clip.add_patches(text_patches, strength)
+    elif for_text and not clip:
+        messages.append(f"{for_text} tensors of the LoRA are for text encoders: connect 'clip' to use them.")
+    return patched, clip, messages
 
 
-def _check_shapes(model, patches: dict, path: str) -> str:
+def _check_shapes(network, patches: dict, path: str) -> str:
     """ValueError for a LoRA, or another adapter, that does not fit the weight: ComfyUI logs that and leaves the weight
     as it is.
 
@@ -296,7 +307,7 @@ def _check_shapes(model, patches: dict, path: str) -> str:
     other_channels = ""
     for name, patch in patches.items():
         try:
-            weight = comfy.utils.get_attr(model.model, name).shape
+            weight = comfy.utils.get_attr(network, name).shape
         except AttributeError:  # a bias where this model has none
             raise ValueError(
                 f"{path}: expected a LoRA for the weights of this model, but it has one for {shown(name, 200)}, "
@@ -372,16 +383,28 @@ class SiDLoRALoader(io.ComfyNode):
                     default=False,
                     tooltip="Use a LoRA that matches this model only in part; the node says how much is left out.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The model's text encoders, for a LoRA that changes them, too. Few distillation LoRAs do.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The few-step generator."), _recipe_output()],
+            outputs=[
+                io.Model.Output(tooltip="The few-step generator."),
+                _recipe_output(),
+                io.Clip.Output(tooltip="'clip' with the LoRA's part for text encoders."),
+            ],
         )
 
     @classmethod
     @checked
-    def execute(cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool) -> io.NodeOutput:
+    def execute(
+        cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool, clip=None
+    ) -> io.NodeOutput:
         path = full_path("loras", lora_name)
         how, chosen, messages = read_recipe(path, recipe)
         model, how, more = fit_recipe(model, how, chosen, path, is_lora=True)
-        patched, told = apply_lora(model, path, strength, allow_partial)
+        patched, clip, told = apply_lora(model, clip, path, strength, allow_partial)
         warn(cls, messages + more + told)
-        return io.NodeOutput(remember_start(patched), how)
+        # Without a CLIP there is none to give: ComfyUI takes a link to it for a missing input, and names that.
+        return io.NodeOutput(remember_start(patched), how, *([clip] if clip else []))

@@ -116,6 +116,26 @@ def clip_tensors(seed: int = 0) -> dict[str, Tensor]:
     return dict(clip.state_dict())
 
 
+def small_clip(generation: str):
+    """ComfyUI's class of models of a generation, by its name there (SDXL, SD15, SD20), and a CLIP of it, uninitialised
+    and as small as those of ``small_sdxl`` and ``small_sd``.
+    """
+    import comfy.sd
+    import comfy.supported_models
+    from small_sdxl import text_config
+
+    unets = {"SDXL": UNET_CONFIG, "SD15": SD1_UNET_CONFIG, "SD20": SD2_UNET_CONFIG}
+    family = getattr(comfy.supported_models, generation)(unets[generation])
+    sizes = {}
+    for name, activation in (("l", "quick_gelu"), ("g", "gelu"), ("h", "gelu")):
+        config = text_config(activation, 49407).to_dict()
+        # Of OpenCLIP H all layers but the last are read, as of the file.
+        sizes[f"clip_{name}_model_config"] = config | {"num_hidden_layers": 4} if name == "h" else config
+    target = family.clip_target()
+    target.params = {}
+    return family, comfy.sd.CLIP(target, model_options={"dtype": torch.float32, **sizes})
+
+
 def controlnet_tensors(seed: int = 0) -> dict[str, Tensor]:
     """A ControlNet for the UNet, with ldm names."""
     import comfy.ops

@@ -251,7 +251,7 @@ class TestLoRA:
         name = put("loras", "with-text.safetensors", lora | extra, recipes.SiDRecipe().to_metadata())
         patched, _ = run(nodes["SiDLoRALoader"], model=model, lora_name=name)
         assert len(patched.patches) == len(lora) // 3
-        assert "2 tensors of the LoRA are for text encoders, which this node leaves as they are" in text_of(caplog)
+        assert "2 tensors of the LoRA are for text encoders: connect 'clip' to use them" in text_of(caplog)
 
     def test_other_kinds_of_adapters(self, nodes, model, put, lora, recipes, caplog):
         """LoHa: what ComfyUI reads is taken, and nothing of it is called missing."""
@@ -408,3 +408,46 @@ class TestRecipeNodes:
         (text,) = run(nodes["SiDRecipeInfo"], recipe=recipes.SiDRecipe())
         assert "625 468 312 156" in text
         assert "2.5017 1.4553 0.8680 0.4696" in text
+
+
+TEXT_SPELLINGS = {
+    "kohya": ("lora_te{number}_text_model_encoder_layers_0_self_attn_q_proj", ".lora_down.weight", ".lora_up.weight"),
+    "peft": ("text_encoder{place}.text_model.encoder.layers.0.self_attn.q_proj", ".lora_A.weight", ".lora_B.weight"),
+    "diffusers": (
+        "text_encoder{place}.text_model.encoder.layers.0.self_attn.q_proj",
+        ".lora_linear_layer.down.weight",
+        ".lora_linear_layer.up.weight",
+    ),
+}
+
+
+def test_the_part_for_text_encoders_is_applied_whole(nodes, put, model, recipes, lora, caplog):
+    """In every spelling the same, and left out aloud where no CLIP is connected."""
+    from small_models import initialise, small_clip
+
+    _, clip = small_clip("SDXL")
+    initialise(clip.cond_stage_model, seed=0)
+    rng, encoded = torch.Generator().manual_seed(1), {}
+    factors = {number: (torch.randn(2, 64, generator=rng), torch.randn(64, 2, generator=rng)) for number in (1, 2)}
+    for spelling, (module_name, down, up) in TEXT_SPELLINGS.items():
+        text = {}
+        for number, pair in factors.items():
+            name = module_name.format(number=number, place="" if number == 1 else "_2")
+            text |= {name + down: pair[0], name + up: pair[1]}
+        file = put("loras", f"{spelling}.safetensors", lora | text, recipes.SiDRecipe().to_metadata())
+        *_, patched = run(nodes["SiDLoRALoader"], model=model, lora_name=file, clip=clip)
+        assert len(patched.patcher.patches) == 2
+        encoded[spelling] = patched.encode_from_tokens(patched.tokenize("a cat"))
+    assert not text_of(caplog)
+    plain = clip.encode_from_tokens(clip.tokenize("a cat"))
+    assert (encoded["kohya"] - plain).abs().max() > 1e-2
+    for spelling in ("peft", "diffusers"):
+        torch.testing.assert_close(encoded[spelling], encoded["kohya"], rtol=1e-3, atol=1e-4)
+    assert len(run(nodes["SiDLoRALoader"], model=model, lora_name=file)) == 2
+    assert "4 tensors of the LoRA are for text encoders: connect 'clip' to use them" in text_of(caplog)
+    strange = {f"lora_te1_elsewhere.lora_{way}.weight": torch.ones(2, 2) for way in ("up", "down")}
+    file = put("loras", "strange.safetensors", lora | strange, recipes.SiDRecipe().to_metadata())
+    with pytest.raises(ValueError, match=r"2 of its \d+ tensors match nothing in this model: lora_te1_elsewhere"):
+        run(nodes["SiDLoRALoader"], model=model, lora_name=file, clip=clip)
+    with pytest.raises(ValueError, match="clip: expected a CLIP, got a value of type dict"):
+        run(nodes["SiDLoRALoader"], model=model, lora_name=file, clip={})

@@ -8,7 +8,6 @@ import small_sdxl
 import torch
 from helpers import call
 from safetensors.torch import load_file
-from small_sdxl import text_config
 
 from sid_train.models.families import load_model
 from sid_train.models.stable_diffusion.kinds import SD1_KIND, SD2_KIND
@@ -53,24 +52,9 @@ def conditioner(file):
 @pytest.fixture(scope="module")
 def clip(pack, generation, file):
     """ComfyUI's CLIP, as small as the file's, with its text encoders."""
-    import comfy.sd
-    import comfy.supported_models
-    import small_models
+    from small_models import small_clip
 
-    made_for = {
-        "SDXL": small_models.UNET_CONFIG,
-        "SD15": small_models.SD1_UNET_CONFIG,
-        "SD20": small_models.SD2_UNET_CONFIG,
-    }
-    family = getattr(comfy.supported_models, generation)(made_for[generation])
-    sizes = {}
-    for name, activation in (("l", "quick_gelu"), ("g", "gelu"), ("h", "gelu")):
-        config = text_config(activation, 49407).to_dict()
-        # Of OpenCLIP H all layers but the last are read, as of the file.
-        sizes[f"clip_{name}_model_config"] = config | {"num_hidden_layers": 4} if name == "h" else config
-    target = family.clip_target()
-    target.params = {}
-    made = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, **sizes})
+    family, made = small_clip(generation)
     tensors = {k: v for k, v in load_file(file).items() if k.startswith(("conditioner.", "cond_stage_model."))}
     missing, _ = made.load_sd(family.process_clip_state_dict(tensors), full_model=True)
     unread = ("logit_scale", "clip_l.transformer.text_projection.weight")
