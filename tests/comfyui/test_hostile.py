@@ -31,6 +31,7 @@ def prompt(text=None, extra=None):
 EVERYWHERE = {"nothing": None, "an object": Thing(), "bytes": b"x"}
 WRONG = {
     "MODEL": {"text": "model", "dictionary": {}, "tensor": torch.zeros(1)},
+    "CLIP": {"text": "clip", "dictionary": {}, "tensor": torch.zeros(1)},
     "CONDITIONING": {
         "text": "a cat",
         "empty": [],
@@ -89,8 +90,11 @@ NODES += ("RecipeOverride", "CheckpointLoader", "DiffusionModelLoader", "LoRALoa
 @pytest.fixture(scope="module")
 def right(pack, model, recipes) -> dict:
     """By type of input."""
+    from small_models import small_clip
+
     return {
         "MODEL": model,
+        "CLIP": small_clip("SDXL")[1],
         "CONDITIONING": conditioning(1),
         "LATENT": empty_latent(1, 8),
         "SID_RECIPE": recipes.SiDRecipe(),
