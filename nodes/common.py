@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import folder_paths
 from comfy_api.latest import io
 
-from ..sid_train.files.header import read_safetensors_metadata
+from ..sid_train.files.header import Header
+from ..sid_train.files.header import read_header as read_any_header
 from ..sid_train.files.reading import shown
 
 CATEGORY = "SiD"
@@ -79,11 +80,11 @@ def refuse_other_hosts(name: str, path: str) -> None:
         )
 
 
-def read_header(path: str, source: str) -> dict[str, str]:
-    """The metadata of a file; ValueError, which names ``source``, for one that is no safetensors file."""
+def read_header(path: str, source: str) -> Header:
+    """The header of a file; ValueError, which names ``source``, for one that is no safetensors file."""
     if not path.lower().endswith((".safetensors", ".sft")):
         raise ValueError(
             f"{source}: expected a safetensors file, since other formats can run code. Convert it first, which "
             "runs nothing of it: python -m sid_train convert FILE -o OUT.safetensors"
         )
-    return read_safetensors_metadata(path)
+    return read_any_header(path)

@@ -9,7 +9,7 @@ from ..sid_train.core.recipe import SAMPLING_GUIDANCES, SiDRecipe
 from ..sid_train.method.guidance import DEFAULT_ANTI_CFG_SCALE, DEFAULT_LSG_SCALE, GuidanceStrategy
 from .checks import check_prompt, checked
 from .common import RecipeType, StrategyType, schema, warn
-from .models import architecture_of, check_network
+from .models import check_network
 from .nag import NAG_ALPHA, NAG_SCALE, NAG_TAU, patch_nag
 from .start import remember_start
 
@@ -61,8 +61,7 @@ def make_guider(
     ValueError for a model that is not of SD 1.x, 2.x or SDXL, for prompts of another generation than its own, and where
     ``mode`` needs a negative prompt that is missing.
     """
-    check_network(model.model, model.get_model_object("model_sampling"), "model")
-    architecture = architecture_of(model.model, "model")
+    architecture, _ = check_network(model.model, model.get_model_object("model_sampling"), "model")
     check_prompt("positive", positive, architecture)
     if mode == AUTO:
         mode, cfg = (recipe.sampling_guidance, recipe.sampling_cfg) if recipe else ("none", 1.0)

@@ -19,7 +19,7 @@ from ..sid_train.core.recipe import (
     has_recipe,
     split_architecture,
 )
-from ..sid_train.files.header import read_header as read_whole_header
+from ..sid_train.files.header import Header
 from ..sid_train.files.reading import reading, shown
 from ..sid_train.models.stable_diffusion.statements import Stated
 from .checks import checked
@@ -61,14 +61,14 @@ def _recipe_output() -> io.Custom.Output:
     )
 
 
-def read_recipe(path: str, choice: str) -> tuple[SiDRecipe, str, list[str]]:
+def read_recipe(path: str, header: Header, choice: str) -> tuple[SiDRecipe, str, list[str]]:
     """How a file is sampled: its own recipe or a preset; which of them it is, in the words of the input; and what the
     user should be told.
 
-    ValueError for a file that is no safetensors file, and for one without a recipe where that is to be in it.
+    ValueError for a file without a recipe where that is to be in it.
     """
-    metadata = read_header(path, path)
-    require_no_guidance_embedding(read_whole_header(path).tensors, path)
+    metadata = header.metadata
+    require_no_guidance_embedding(header.tensors, path)
     known = None if has_recipe(metadata) else preset_of_file(path, metadata, read=choice == AUTO)
     if choice == AUTO and known:
         preset, reason = known
@@ -114,21 +114,20 @@ def _replaced(choice: str, metadata: dict[str, str], path: str) -> list[str]:
     ]
 
 
-def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, is_lora: bool = False):
+def fit_recipe(model, recipe: SiDRecipe, choice: str, path: str, header: Header, is_lora: bool = False):
     """MODEL sampled as the recipe says, ``recipe``, checked against MODEL and the header of the file at ``path``, and
     what the user should be told.
 
     A preset takes architecture and prediction type from the model, which is the file's own unless ``is_lora``.
     """
-    messages, header = [], read_header(path, path)
-    said = None
+    messages, said = [], None
     if not is_lora:
         is_own = choice == FROM_FILE
-        said = Stated(recipe.prediction_type, recipe.zero_terminal_snr) if is_own else declared(header, path)
+        said = Stated(recipe.prediction_type, recipe.zero_terminal_snr) if is_own else declared(header.metadata, path)
     model = sampled_as(model, recipe, path, not is_lora, said)
     if choice != FROM_FILE:
         recipe = fit_preset(model, recipe, path, not is_lora)
-        messages = check_declared(header, recipe.prediction_type, path, is_lora)
+        messages = check_declared(header.metadata, recipe.prediction_type, path, is_lora)
     check_model(model, recipe, path, not is_lora)
     return model, recipe, messages
 
@@ -163,7 +162,8 @@ class SiDCheckpointLoader(io.ComfyNode):
     @checked
     def execute(cls, ckpt_name: str, recipe: str) -> io.NodeOutput:
         path = full_path("checkpoints", ckpt_name)
-        how, chosen, messages = read_recipe(path, recipe)
+        header = read_header(path, path)
+        how, chosen, messages = read_recipe(path, header, recipe)
         with loading(path, "a checkpoint of SDXL, SD 1.x or 2.x"):
             model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(
                 path,
@@ -171,8 +171,8 @@ class SiDCheckpointLoader(io.ComfyNode):
                 output_clip=True,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
             )
-        model, how, more = fit_recipe(model, how, chosen, path)
-        messages += more + check_unet(model, read_whole_header(path).tensors, path)
+        model, how, more = fit_recipe(model, how, chosen, path, header)
+        messages += more + check_unet(model, header.tensors, path)
         if clip is None:
             messages.append(
                 "The file has no text encoders: take CLIP from another checkpoint, or put the file into "
@@ -214,11 +214,12 @@ class SiDDiffusionModelLoader(io.ComfyNode):
     def execute(cls, unet_name: str, recipe: str, weight_dtype: str) -> io.NodeOutput:
         path = full_path("diffusion_models", unet_name)
         options = dict(WEIGHT_DTYPES[weight_dtype])
-        how, chosen, messages = read_recipe(path, recipe)
+        header = read_header(path, path)
+        how, chosen, messages = read_recipe(path, header, recipe)
         with loading(path, "a UNet of SDXL, SD 1.x or 2.x"):
             model = comfy.sd.load_diffusion_model(path, model_options=options)
-        model, how, more = fit_recipe(model, how, chosen, path)
-        messages += more + check_unet(model, read_whole_header(path).tensors, path)
+        model, how, more = fit_recipe(model, how, chosen, path, header)
+        messages += more + check_unet(model, header.tensors, path)
         warn(cls, messages)
         return io.NodeOutput(remember_start(model), how)
 
@@ -240,7 +241,7 @@ class _ReadTensors(dict):
         return super().get(name, default)
 
 
-def apply_lora(model, clip, path: str, strength: float, allow_partial: bool):
+def apply_lora(model, clip, path: str, header: Header, strength: float, allow_partial: bool):
     """``model`` with the UNet part of a LoRA file and ``clip``, which may be None, with the part for text encoders:
     (MODEL, CLIP, what the user should be told).
 
@@ -248,7 +249,7 @@ def apply_lora(model, clip, path: str, strength: float, allow_partial: bool):
     of other widths than the model's, and for one whose weights are NaN or infinite.
     """
     with reading(path, "a LoRA"):
-        loaded = in_kohyas_names(comfy.utils.load_torch_file(path, safe_load=True), read_header(path, path), path)
+        loaded = in_kohyas_names(comfy.utils.load_torch_file(path, safe_load=True), header.metadata, path)
         tensors = _ReadTensors(comfy.lora_convert.convert_lora(loaded))
         patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
         of_clip = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
@@ -263,10 +264,9 @@ def apply_lora(model, clip, path: str, strength: float, allow_partial: bool):
             "applies LoRAs for text encoders."
         )
     if not set(expected) & tensors.read:
-        missed = sorted(expected)
         raise ValueError(
             f"{path}: expected a LoRA for this model, but none of its {len(expected)} tensors match; the first is "
-            f"{shown(missed[0], 200)!r}. Read are the names of kohya (lora_unet_*.lora_up.weight), diffusers "
+            f"{shown(min(expected), 200)!r}. Read are the names of kohya (lora_unet_*.lora_up.weight), diffusers "
             "(unet.*.lora.up.weight) and peft (base_model.model.*.lora_B.weight), with the model's modules in them."
         )
     if clip:
@@ -402,9 +402,10 @@ class SiDLoRALoader(io.ComfyNode):
         cls, model, lora_name: str, strength: float, recipe: str, allow_partial: bool, clip=None
     ) -> io.NodeOutput:
         path = full_path("loras", lora_name)
-        how, chosen, messages = read_recipe(path, recipe)
-        model, how, more = fit_recipe(model, how, chosen, path, is_lora=True)
-        patched, clip, told = apply_lora(model, clip, path, strength, allow_partial)
+        header = read_header(path, path)
+        how, chosen, messages = read_recipe(path, header, recipe)
+        model, how, more = fit_recipe(model, how, chosen, path, header, is_lora=True)
+        patched, clip, told = apply_lora(model, clip, path, header, strength, allow_partial)
         warn(cls, messages + more + told)
         # Without a CLIP there is none to give: ComfyUI takes a link to it for a missing input, and names that.
         return io.NodeOutput(remember_start(patched), how, *([clip] if clip else []))

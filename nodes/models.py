@@ -19,7 +19,7 @@ PARAMETRISATIONS = {
 }
 
 
-def architecture_of(network, source: str) -> Architecture:
+def _architecture_of(network, source: str) -> Architecture:
     """Of ComfyUI's BaseModel; ValueError for a model of another class. source: whose it is."""
     if isinstance(network, comfy.model_base.SDXL):
         return SDXL
@@ -36,22 +36,22 @@ def architecture_of(network, source: str) -> Architecture:
     )
 
 
-def check_network(network, sampling, source: str, is_file: bool = False) -> str:
-    """``epsilon``, ``v_prediction`` or ``x0``; ValueError for a model that is none of SD 1.x, 2.x and SDXL, or is not
-    sampled as these are.
+def check_network(network, sampling, source: str, is_file: bool = False) -> tuple[Architecture, str]:
+    """The architecture, and ``epsilon``, ``v_prediction`` or ``x0``; ValueError for a model that is none of SD 1.x, 2.x
+    and SDXL, or is not sampled as these are.
 
     network: ComfyUI's BaseModel; sampling: its ``model_sampling``, patches included; source: whose model it is;
     is_file: ``source`` is the model's own file, with no node in between
     """
-    architecture_of(network, source)
+    architecture = _architecture_of(network, source)
     bases = type(sampling).__bases__
     if comfy.model_sampling.ModelSamplingDiscrete in bases and len(sampling.sigmas) == 1000:
         if comfy.model_sampling.EPS in bases:
-            return "epsilon"
+            return architecture, "epsilon"
         if comfy.model_sampling.V_PREDICTION in bases:
-            return "v_prediction"
+            return architecture, "v_prediction"
         if comfy.model_sampling.X0 in bases:
-            return X0
+            return architecture, X0
     names = [base.__name__ for base in bases]
     kind = PARAMETRISATIONS.get(f"{names[-1]} on {names[0]}") or PARAMETRISATIONS.get(names[-1])
     cure = (
@@ -74,10 +74,10 @@ def has_zero_terminal_snr(sampling) -> bool:
 def fit_preset(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> SiDRecipe:
     """A preset with MODEL's architecture, prediction type and noise schedule (see ``check_network``)."""
     sampling = model.get_model_object("model_sampling")
-    predicts = check_network(model.model, sampling, source, is_file)
+    architecture, predicts = check_network(model.model, sampling, source, is_file)
     _check_parametrisation(sampling, predicts, recipe, source)
     facts = {"prediction_type": predicts, "zero_terminal_snr": has_zero_terminal_snr(sampling)}
-    return dataclasses.replace(recipe, **facts).for_architecture(architecture_of(model.model, source))
+    return dataclasses.replace(recipe, **facts).for_architecture(architecture)
 
 
 def _check_parametrisation(sampling, predicts: str, recipe: SiDRecipe, source: str) -> None:
@@ -99,8 +99,7 @@ def _check_parametrisation(sampling, predicts: str, recipe: SiDRecipe, source: s
 def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) -> None:
     """ValueError unless MODEL is as ``recipe`` says (see ``check_network``)."""
     sampling = model.get_model_object("model_sampling")
-    predicts = check_network(model.model, sampling, source, is_file)
-    architecture = architecture_of(model.model, source)
+    architecture, predicts = check_network(model.model, sampling, source, is_file)
     people = architecture.people
     wanted = STABLE_DIFFUSION.get(split_architecture(recipe.architecture)[0])
     if wanted is not architecture:

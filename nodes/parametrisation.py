@@ -13,7 +13,7 @@ from ..sid_train.core.architectures import SDXL
 from ..sid_train.core.noise_schedule import X0
 from ..sid_train.core.recipe import SiDRecipe
 from ..sid_train.models.stable_diffusion.statements import Stated
-from .models import architecture_of, check_network, has_zero_terminal_snr
+from .models import check_network, has_zero_terminal_snr
 
 KEY = "sid_timestep_scale"
 KINDS = {
@@ -47,9 +47,10 @@ def sampled_as(model, recipe: SiDRecipe, source: str, is_file: bool = False, sai
     ValueError for a model that is not sampled as these are (see ``check_network``).
     """
     sampling = model.get_model_object("model_sampling")
-    known = check_network(model.model, sampling, source, is_file), has_zero_terminal_snr(sampling)
-    predicts, zero_snr = known
-    if said is not None and architecture_of(model.model, source) is not SDXL:
+    architecture, predicts = check_network(model.model, sampling, source, is_file)
+    zero_snr = has_zero_terminal_snr(sampling)
+    known = predicts, zero_snr
+    if said is not None and architecture is not SDXL:
         predicts = said.prediction_type if said.prediction_type in KINDS else predicts
         zero_snr = zero_snr if said.zero_terminal_snr is None else said.zero_terminal_snr
     if recipe.prediction_type == X0:

@@ -163,7 +163,7 @@ def _keep(path: Path, text: str) -> Path:
 def _teacher_file(name: str) -> str:
     """The path of a checkpoint that the trainer can distil, by its header; ValueError for any other file."""
     path = full_path("checkpoints", name)
-    metadata = read_header(path, f"teacher: {path}")  # refuses a file that was cut off, too
+    metadata = read_header(path, f"teacher: {path}").metadata  # refuses a file that was cut off, too
     with reading(path, "a checkpoint of SDXL, SD 1.x or 2.x"):
         shapes = {key: tensor.shape for key, tensor in open_tensors(Path(path)).items()}
     unet = {key.removeprefix(UNET): shape for key, shape in shapes.items() if key.startswith(UNET)}

@@ -17,9 +17,9 @@ from ..unet import UNetDenoiser
 from .base import base_text_encoders, base_unet, base_vae
 from .export import FORMATS, export, open_exported
 from .folder import open_vae, weights_of
-from .keys import UNET, VAE
-from .kinds import Kind, kind_of_name, kind_of_unet, predicts_by_name
-from .networks import build_unet, build_vae, shapes_of
+from .keys import VAE
+from .kinds import Kind, kind_of_name, predicts_by_name
+from .networks import build_unet, build_vae
 from .parts import StableDiffusionParts, check_resolution, open_parts, vae_tensors
 from .text import WINDOW
 
@@ -37,8 +37,10 @@ class StableDiffusionFamily(ModelFamily):
         return self.kind.architecture.name
 
     def opens(self, source: str, metadata: Mapping[str, str]) -> bool:
-        """Few files say what they are: by the UNet's tensors, or where there are none, by the source's name."""
-        return _kind_of(source) is self.kind
+        """Of names alone, such as hub ids. What is here says its generation by its UNet's tensors, which ``open_parts``
+        looks at: whichever of these families is asked, and so none of them reads the header for it.
+        """
+        return not Path(source).exists() and kind_of_name(source) is self.kind
 
     def check_resolution(self, resolution: int) -> None:
         check_resolution(resolution)
@@ -67,17 +69,6 @@ class StableDiffusionFamily(ModelFamily):
 
     def export(self, generator: Generator, path: Path, options: ExportOptions) -> list[str]:
         return export(generator, path, options)
-
-
-def _kind_of(source: str) -> Kind:
-    path = Path(source)
-    try:
-        tensors = open_tensors(weights_of(path, "unet") if path.is_dir() else path)
-    except (ValueError, OSError):
-        return kind_of_name(source)
-    prefix = UNET if any(name.startswith(UNET) for name in tensors) else ""
-    shapes = shapes_of(tensors)
-    return kind_of_unet({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
 
 
 def _shapes(

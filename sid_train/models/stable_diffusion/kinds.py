@@ -87,7 +87,7 @@ SD2_KIND = Kind(
         ),
     ),
     0.18215,
-    re.compile(r"stable-diffusion-v?2|sd[-_]?v?2|v2-[01]|sd[-_]turbo", re.IGNORECASE),
+    re.compile(r"stable-diffusion-v?2|sd[-_]?v?2|v2-[01]|768-v|512-base|sd[-_]turbo", re.IGNORECASE),
     ("cond_stage_model.", "conditioner."),
 )
 KINDS = (SD1_KIND, SD2_KIND, SDXL_KIND)

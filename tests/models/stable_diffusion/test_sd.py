@@ -145,6 +145,8 @@ def test_a_file_of_sd2_that_says_nothing_is_told_by_a_norm(tmp_path):
         ("stabilityai/stable-diffusion-2-1", SD2),
         ("v2-1_768-ema-pruned.safetensors", SD2),
         ("stabilityai/sd-turbo", SD2),
+        ("768-v-ema.safetensors", SD2),
+        ("512-base-ema.safetensors", SD2),
         ("stabilityai/stable-diffusion-xl-base-1.0", SDXL),
         ("stabilityai/sdxl-turbo", SDXL),
         ("someone/anything", SDXL),
@@ -156,7 +158,7 @@ def test_what_is_not_here_is_planned_by_its_name(name, expected):
     assert shapes.name.startswith(expected.base_model)
     assert shapes.conditioning["text"] == (77, expected.text_width)
     assert ("pooled" in shapes.conditioning) == (expected is SDXL)
-    predicts_v = name.endswith("-2-1") or "_768" in name
+    predicts_v = name.endswith("-2-1") or "768" in name
     assert 8 * shapes.latent_shape[1] == (expected.v if predicts_v else expected.epsilon).resolution
 
 
