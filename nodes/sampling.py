@@ -57,10 +57,10 @@ def make_sigmas(model, recipe: SiDRecipe | None, steps: int, denoise: float) -> 
     else:
         check_model(model, recipe, "model")
     timesteps = recipe.timesteps_for(steps or None)
-    if len(timesteps) != recipe.steps:
+    if not recipe.is_trained_for(len(timesteps)):
         messages.append(
-            f"Sampling in {len(timesteps)} steps ({' '.join(map(str, timesteps))}) what was trained for {recipe.steps} "
-            f"({' '.join(map(str, recipe.timesteps))}): expect a different quality."
+            f"Sampling in {len(timesteps)} steps ({' '.join(map(str, timesteps))}) what was trained for "
+            f"{recipe.trained_numbers} ({' '.join(map(str, recipe.timesteps))}): expect a different quality."
         )
     if denoise < 1 and len(timesteps) == 1:
         raise ValueError(

@@ -79,12 +79,12 @@ class OptimizerConfig:
     cooldown: float = 0.0
     """Share of the iterations, at the end, over which both learning rates fall linearly to 0."""
     ema_halflife_images: float = 50_000
-    """Half-life of the generator's running average, in images."""
+    """Half-life of the generator's running average, in images; 0 averages nothing (SiD-DiT)."""
     ema_rampup: float = 0.05
     """The half-life is at most this share of the images seen."""
 
     def __post_init__(self) -> None:
-        for name in ("generator_lr", "fake_score_lr", "eps", "ema_halflife_images", "ema_rampup"):
+        for name in ("generator_lr", "fake_score_lr", "eps", "ema_rampup"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}: expected more than 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -94,7 +94,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.cooldown: expected 0 to 1, got {self.cooldown}")
         if self.skip_norm and not self.skip_norm > 1:
             raise ValueError(f"optimizer.skip_norm: expected more than 1, or 0 for none, got {self.skip_norm}")
-        for name in ("clip_norm", "warmup"):
+        for name in ("clip_norm", "warmup", "ema_halflife_images"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}: expected 0 or more, got {getattr(self, name)}")
 

@@ -228,8 +228,8 @@ def test_a_method_trains_its_own_networks(regression, tmp_path, capsys):
 
 
 def test_a_method_that_is_not_there():
-    with pytest.raises(ValueError, match=r"method.kind: expected one of sid, got 'dmd2'"):
-        load_config("demo", ["method.kind=dmd2"])
+    with pytest.raises(ValueError, match=r"method.kind: expected one of sid, dmd2, lcm, got 'ddpo'"):
+        load_config("demo", ["method.kind=ddpo"])
 
 
 # -- a metric ----------------------------------------------------------------------------------------------------------

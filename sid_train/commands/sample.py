@@ -40,8 +40,10 @@ def sample(
         print(f"warning: {another_base(generator)}", file=sys.stderr)
     bundle = load_opened(generator, resolution)
     timesteps = recipe.timesteps_for(steps)
-    if len(timesteps) != recipe.steps:
-        print(f"warning: {model} was trained for {recipe.steps} step(s), not {len(timesteps)}", file=sys.stderr)
+    if not recipe.is_trained_for(len(timesteps)):
+        print(
+            f"warning: {model} was trained for {recipe.trained_numbers} step(s), not {len(timesteps)}", file=sys.stderr
+        )
     report_long(measure(bundle.conditioner, prompts), "--prompt")
     bundle.to(where, DTYPES[dtype])
     images = sample_images(bundle, recipe, [prompt for prompt in prompts for _ in range(count)], seed, steps)

@@ -7,6 +7,7 @@ the network's dtype (tables are computed in fp64).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from copy import copy
 from typing import Literal, get_args
@@ -22,6 +23,11 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 """Those of teachers."""
 X0 = "x0"
 """The prediction type of a few generators (SDXL-Lightning's for one step), which predict the picture itself."""
+
+NoiseLevels = Literal["uniform", "logit_normal"]
+NOISE_LEVELS: tuple[str, ...] = get_args(NoiseLevels)
+LOGIT_MEAN, LOGIT_SPREAD = math.log(2), 1.6
+"""Of the flow time, whose logit is the logarithm of sigma: SiD-DiT's (arXiv 2509.25127)."""
 
 # What ComfyUI puts at the last step of a zero-terminal-SNR schedule, where the true value, 0, has no finite sigma.
 ZERO_SNR_ALPHA_CUMPROD = 4.8973451890853435e-08
@@ -75,9 +81,19 @@ class NoiseSchedule(ABC):
         """The ``steps`` timesteps of a generator, ``t_init * (K - k) // K``: descending."""
         return timestep_ladder(steps, t_init)
 
-    def draw_sigma(self, count: int, t_min: int, t_max: int, rng: BatchRNG) -> Tensor:
-        """Noise levels [count] at which scores are compared: those of uniform timesteps in [t_min, t_max)."""
-        return self.sigma(rng.randint(t_min, t_max, count))
+    def draw_sigma(self, count: int, t_min: int, t_max: int, rng: BatchRNG, levels: NoiseLevels = "uniform") -> Tensor:
+        """Noise levels [count] at which scores are compared, between those of ``t_min`` and ``t_max - 1``.
+
+        ``uniform``: those of uniform timesteps; ``logit_normal``: the flow time ``s = sigma / (1 + sigma)`` is
+        ``sigmoid(N(ln 2, 1.6))``, so that ``log sigma`` is the normal variable, cut off at the two ends.
+        """
+        if levels == "uniform":
+            return self.sigma(rng.randint(t_min, t_max, count))
+        ends = self.sigma(torch.tensor([t_min, t_max - 1], device=rng.device)).log()
+        low, high = torch.special.ndtr((ends - LOGIT_MEAN) / LOGIT_SPREAD)
+        share = low + (high - low) * rng.rand(count)
+        log_sigma: Tensor = LOGIT_MEAN + LOGIT_SPREAD * torch.special.ndtri(share)
+        return log_sigma.clamp(*ends).exp()
 
 
 class VPSchedule(NoiseSchedule):

@@ -65,6 +65,7 @@ class SiDRecipe:
     architecture: the name of one of ``architectures``, or of a family of models that is no Stable Diffusion
     timesteps: the integers it was trained on, descending; ``t_init`` is their first, and if the rest is not the ladder
         of ``t_init`` that is an error unless ``ladder`` is ``explicit``
+    trained_steps: all numbers of steps that it was trained for, if there are several (an any-step generator)
     ladder: the rule for another number of steps: ``sid`` (t_init * (K - k) // K), one of ``timesteps.LADDERS``, or
         ``explicit`` (none but the timesteps themselves)
     noise_mode: of the steps after the first, see ``sampling.noise_sampler``
@@ -85,6 +86,7 @@ class SiDRecipe:
     zero_terminal_snr: bool = False
     timesteps: tuple[int, ...] = tuple(timestep_ladder(4))
     t_init: int = DEFAULT_T_INIT
+    trained_steps: tuple[int, ...] = ()
     ladder: str = "sid"
     noise_mode: NoiseMode = "fresh"
     noise_gamma: float = DEFAULT_GAMMA
@@ -127,6 +129,11 @@ class SiDRecipe:
                 raise RecipeError(
                     f"sid.timesteps: {list(steps)} disagree with {of} of {len(steps)} steps is {expected}"
                 )
+        for count in self.trained_steps:
+            try:
+                ladder_timesteps(self.ladder, count, self.t_init)
+            except ValueError as error:
+                raise RecipeError(f"sid.trained_{error}") from None
         if not 0 <= self.noise_gamma <= 1:
             raise RecipeError(f"sid.noise_gamma: expected 0 to 1, got {self.noise_gamma}")
         if not 0 < self.timestep_scale <= 1:
@@ -170,6 +177,15 @@ class SiDRecipe:
             f"{'s' * (self.steps > 1)} (timestep{'s' * (self.steps > 1)} {' '.join(map(str, self.timesteps))}{noise}), "
             f"{guidance}."
         )
+
+    @property
+    def trained_numbers(self) -> str:
+        """The numbers of steps that it was trained for, in words."""
+        return " ".join(map(str, self.trained_steps or (self.steps,)))
+
+    def is_trained_for(self, steps: int) -> bool:
+        """Whether it was distilled to be sampled in so many steps."""
+        return steps == self.steps or steps in self.trained_steps
 
     def timesteps_for(self, steps: int | None = None) -> list[int]:
         """The trained timesteps, or for another number of steps those of its ladder."""
@@ -232,6 +248,8 @@ class SiDRecipe:
         }
         if self.noise_mode == "tcd":
             metadata["sid.noise_gamma"] = repr(float(self.noise_gamma))
+        if self.trained_steps:
+            metadata["sid.trained_steps"] = ",".join(map(str, self.trained_steps))
         if self.timestep_scale != 1:
             metadata["sid.timestep_scale"] = repr(float(self.timestep_scale))
         if (key := PREDICT_KEYS.get(self.prediction_type)) is not None:
@@ -283,6 +301,7 @@ class SiDRecipe:
             "zero_terminal_snr": reader.boolean("sid.zero_terminal_snr"),
             "timesteps": timesteps,
             "t_init": reader.number("sid.t_init", int),
+            "trained_steps": reader.integers("sid.trained_steps", ",", ""),
             "ladder": reader.text("sid.ladder"),
             "noise_mode": reader.text("sid.noise_mode"),
             "noise_gamma": reader.number("sid.noise_gamma", float, str(DEFAULT_GAMMA)),
@@ -317,6 +336,7 @@ class SiDRecipe:
         rows: list[tuple[str, Any]] = [
             ("title", self.title or self.default_title),
             ("timesteps", " ".join(map(str, self.timesteps)) + f"  ({self.ladder} ladder from {self.t_init})"),
+            *([("trained for", f"{self.trained_numbers} steps")] if self.trained_steps else []),
             *([("sigmas", self._sigmas())] if self.prediction_type != FLOW else []),
             *([("the network is told", self._told())] if self.timestep_scale != 1 else []),
             (
@@ -457,10 +477,10 @@ class _Reader:
         except ValueError:
             raise self.error(key, f"expected {_NUMBER_NAMES[kind]}, got {text!r}") from None
 
-    def integers(self, key: str, separator: str) -> tuple[int, ...]:
-        text = self.text(key)
+    def integers(self, key: str, separator: str, default: str | None = None) -> tuple[int, ...]:
+        text = self.text(key, default)
         try:
-            return tuple(int(part) for part in text.split(separator))
+            return tuple(int(part) for part in text.split(separator)) if text != default else ()
         except ValueError:
             raise self.error(key, f"expected integers joined by {separator!r}, got {text!r}") from None
 

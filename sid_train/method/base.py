@@ -52,6 +52,13 @@ def role_name(role: str) -> str:
     return role.replace("_", " ")
 
 
+def require_default(config: MethodConfig, key: str, title: str) -> None:
+    """ValueError where a method that would ignore ``key`` is given a value for it."""
+    default, value = getattr(MethodConfig(), key), getattr(config, key)
+    if value != default:
+        raise ValueError(f"method.{key}: unused by {title}: expected {default!r}, got {value!r}")
+
+
 class TrainingSettings(Protocol):
     """What a method reads of the loop's configuration."""
 

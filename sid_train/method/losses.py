@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..core.noise_schedule import expand, x0_to_epsilon
 
-SiDWeighting = Literal["l1", "one_minus_sigma", "uniform"]
+SiDWeighting = Literal[
+    "l1",
+    "one_minus_sigma",
+    "one_minus_sigma_squared",
+    "one_over_sigma",
+    "one_over_sigma_squared",
+    "snr",
+    "snr_sqrt",
+    "uniform",
+]
 SID_WEIGHTINGS: tuple[str, ...] = get_args(SiDWeighting)
 
 
@@ -25,14 +34,23 @@ def denoising_loss(fake_x0: Tensor, x_t: Tensor, sigma: Tensor, eps: Tensor) -> 
 def sid_weight(x_g: Tensor, teacher_x0: Tensor, sigma: Tensor, weighting: SiDWeighting) -> Tensor:
     """The per-sample weight w of the generator's losses, without gradient: [B].
 
-    ``l1`` is ``1 / mean|x_g - f_phi|`` (SiD, arXiv 2404.04057); ``one_minus_sigma`` is SiD-DiT's (arXiv 2509.25127),
-    whose sigma in [0, 1] is ``sigma / (1 + sigma)`` here.
+    ``l1`` is ``1 / mean|x_g - f_phi|`` (SiD, arXiv 2404.04057). The others that are not ``uniform`` are those of the
+    code of SiD-DiT (arXiv 2509.25127), whose sigma in [0, 1] is the flow time ``s = sigma / (1 + sigma)`` of our sigma;
+    ``snr`` is ``(1 - s)^2 / s^2``.
     """
     if weighting == "l1":
         return 1 / (x_g - teacher_x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
-    if weighting == "one_minus_sigma":
-        return 1 / (1 + sigma.float())
-    return torch.ones_like(sigma, dtype=torch.float32)
+    sigma = sigma.float()
+    flow_time = sigma / (1 + sigma)
+    return {
+        "one_minus_sigma": 1 / (1 + sigma),
+        "one_minus_sigma_squared": (1 + sigma) ** -2,
+        "one_over_sigma": 1 / flow_time,
+        "one_over_sigma_squared": flow_time**-2,
+        "snr": sigma**-2,
+        "snr_sqrt": 1 / sigma,
+        "uniform": torch.ones_like(sigma),
+    }[weighting]
 
 
 def sid_loss(teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -42,6 +60,16 @@ def sid_loss(teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor, a
     """
     difference = teacher_x0 - fake_x0
     return weight * (difference * ((teacher_x0 - x_g) - alpha * difference)).flatten(1).sum(1)
+
+
+def distribution_matching_loss(teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor) -> Tensor:
+    """DMD's generator loss (arXiv 2311.18828, 2405.14867): ``|d|^2 / 2`` whose gradient is d for ``x_g`` and nothing
+    else, with ``d = w * (f_psi - f_phi)``.
+
+    That is the part of SiD's gradient that does not pass through the two networks.
+    """
+    direction = (expand(weight, x_g) * (fake_x0 - teacher_x0)).detach()
+    return 0.5 * (x_g - (x_g - direction).detach()).square().flatten(1).sum(1)
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -54,6 +82,11 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_gan_loss(fake_logits: Tensor, weight: Tensor, elements: int) -> Tensor:
     """``w * C*H*W * BCE(fake, 1)`` with logits clamped to +-10 (SiDA, arXiv 2410.14919)."""
     return weight * elements * F.softplus(-fake_logits.clamp(-10, 10)).flatten(1).mean(1)
+
+
+def pseudo_huber_loss(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
+    """``sum(sqrt((a - b)^2 + c^2) - c)``: LCM's, with its c (arXiv 2310.04378)."""
+    return ((a - b).square() + c**2).sqrt().sub(c).flatten(1).sum(1)
 
 
 def add_noise(x0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:

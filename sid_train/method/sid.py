@@ -7,6 +7,7 @@ generator, each on fresh samples of the generator's k-th step.
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class Distiller(Method):
 
     title = "SiD"
     trained = ("generator", "fake_score")
+    through_scores: ClassVar[bool] = True
+    """Whether the generator's gradient passes through the two networks that judge its output, too."""
 
     @classmethod
     def check(cls, config: MethodSettings) -> None:
@@ -77,7 +80,11 @@ class Distiller(Method):
         self.guidance = method.strategy
         parameters = fake_score.parameters() if isinstance(fake_score, nn.Module) else []
         self._fake_score_parameters = [p for p in parameters if p.requires_grad]
-        self.sigmas = ladder_sigmas(schedule, schedule.ladder(method.steps, method.t_init))
+        # What runs up to each step of each chain, in order: its noise levels, then 0.
+        self.chains: list[Tensor] = []
+        for steps in method.step_counts:
+            sigmas = ladder_sigmas(schedule, schedule.ladder(steps, method.t_init))
+            self.chains += [torch.cat([sigmas[:k], sigmas[-1:]]) for k in range(1, steps + 1)]
 
     @classmethod
     def build(cls, setting: Setting) -> Distiller:
@@ -102,23 +109,35 @@ class Distiller(Method):
     # -- draws ---------------------------------------------------------------------------------------------------
 
     def draw_step(self, rng: torch.Generator) -> int:
-        """The step k in 1..K whose output this iteration matches; ``rng`` must agree on all ranks."""
-        if self.method.matching == "final":
-            return self.method.steps
-        return int(torch.randint(1, self.method.steps + 1, (1,), generator=rng).item())
+        """The step k in 1..K whose output this iteration matches; ``rng`` must agree on all ranks.
+
+        Of an any-step generator K is drawn first, and the steps of all chains are counted through.
+        """
+
+        def draw(high: int) -> int:
+            return int(torch.randint(high, (1,), generator=rng).item())
+
+        counts = self.method.step_counts
+        chain = draw(len(counts)) if len(counts) > 1 else 0
+        step = counts[chain] if self.method.matching == "final" else 1 + draw(counts[chain])
+        return sum(counts[:chain]) + step
 
     def planned_step(self) -> tuple[int, float]:
         """Every step before the last runs without gradient and leaves nothing behind: one of them is enough."""
-        steps = self.method.steps
+        counts = self.method.step_counts
+        longest = max(range(len(counts)), key=lambda chain: counts[chain])
+        before, steps = sum(counts[:longest]), counts[longest]
         if self.method.matching == "final":
-            return steps, 0.0
-        return min(steps, 2), (steps + 1) / 2 - min(steps, 2)
+            return before + steps, 0.0
+        average = sum((count + 1) / 2 for count in counts) / len(counts)
+        return before + min(steps, 2), average - min(steps, 2)
 
     def _noise(self, batch: int, rng: BatchRNG) -> Tensor:
         return rng.randn(batch, *self.latent_shape)
 
     def _draw_sigma(self, batch: int, rng: BatchRNG) -> Tensor:
-        return self.schedule.draw_sigma(batch, self.method.t_min, self.method.t_max, rng)
+        method = self.method
+        return self.schedule.draw_sigma(batch, method.t_min, method.t_max, rng, method.noise_levels)
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -145,7 +164,8 @@ class Distiller(Method):
         theorem on the uniform mixture of all steps) or the whole chain (final-step matching).
         """
         wants_gradient = torch.is_grad_enabled()
-        first_with_gradient = 1 if self.method.matching == "final" else step
+        sigmas = self.chains[step - 1]
+        first_with_gradient = 1 if self.method.matching == "final" else len(sigmas) - 1
         calls = 0
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -159,7 +179,6 @@ class Distiller(Method):
 
         first_noise = self._noise(len(cond), rng)
         next_noise = noise_sampler(self.method.noise_mode, first_noise, lambda k: self._noise(len(cond), rng))
-        sigmas = torch.cat([self.sigmas[:step], self.sigmas[-1:]])
         with record_function("rollout"):
             return few_step_sample(denoise, sigmas, first_noise, next_noise)
 
@@ -211,17 +230,23 @@ class Distiller(Method):
         self._let_fake_score_learn(False)
         x_g = self.rollout(cond, step, rng)
         x_t, sigma, _ = self.perturb(x_g, rng)
-        teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
+            teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
         ask = (self.frozen_fake_score, x_t, sigma, cond, self.unconditional, self.guidance.fake_eval)
         fake_logits = None
         if adversarial:
             fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         else:
-            fake_x0 = guided_denoise(*ask)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
+                fake_x0 = guided_denoise(*ask)
         weight = sid_weight(x_g, teacher_x0, sigma, self.method.weighting)
-        loss = sid_loss(teacher_x0, fake_x0, x_g, weight, self.method.alpha).mean()
+        name, loss = self.title.lower(), self.matching_loss(teacher_x0, fake_x0, x_g, weight).mean()
         if fake_logits is None:
-            return {"sid": self.gan.sid_weight * loss}
+            return {name: self.gan.sid_weight * loss}
         # Equal halves from here on, as in SiDA and SiD-DiT; the two weights set the balance.
         gan = generator_gan_loss(fake_logits, weight, x_g[0].numel()).mean()
-        return {"sid": 0.5 * self.gan.sid_weight * loss, "gan": 0.5 * self.gan.generator_weight * gan}
+        return {name: 0.5 * self.gan.sid_weight * loss, "gan": 0.5 * self.gan.generator_weight * gan}
+
+    def matching_loss(self, teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor) -> Tensor:
+        """What the scores' difference means for the generator: [B]."""
+        return sid_loss(teacher_x0, fake_x0, x_g, weight, self.method.alpha)

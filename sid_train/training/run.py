@@ -295,6 +295,7 @@ def make_recipe(config: Config, teacher: ModelBundle, iterations: int, images_se
         unconditional=config.model.unconditional,
         timesteps=tuple(timesteps),
         t_init=timesteps[0],
+        trained_steps=method.step_counts if method.any_steps else (),
         ladder="sid" if timesteps == timestep_ladder(method.steps, method.t_init) else "explicit",
         noise_mode=method.noise_mode,
         training_resolution=teacher.image_size,

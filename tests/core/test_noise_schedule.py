@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sid_train.core.noise_schedule import (
     scaled_linear_alphas_cumprod,
     x0_to_epsilon,
 )
+from sid_train.core.rng import BatchRNG
 
 SDXL = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 both_schedules = pytest.mark.parametrize("zero_snr", [False, True], ids=["sdxl", "zero-snr"])
@@ -110,3 +113,18 @@ def test_v_prediction_at_zero_snr_is_minus_v():
 def test_an_unknown_prediction_type_is_an_error():
     with pytest.raises(ValueError, match="expected one of epsilon, v_prediction, x0, got 'sample'"):
         prediction_to_x0(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), "sample")
+
+
+def test_logit_normal_levels_are_those_of_sid_dit_cut_off_at_the_ends(schedule):
+    """The flow time is sigmoid(N(ln 2, 1.6)): its quantiles between the two ends are the normal's."""
+    rng = BatchRNG(torch.Generator().manual_seed(0))
+    sigma = schedule.draw_sigma(40_000, 20, 980, rng, "logit_normal")
+    low, high = schedule.sigma(torch.tensor([20, 979])).tolist()
+    assert low <= sigma.min()
+    assert sigma.max() <= high
+    logit = (sigma / (1 + sigma)).logit()
+    normal = torch.distributions.Normal(math.log(2), 1.6)
+    ends = normal.cdf(torch.tensor([low, high]).log())
+    shares = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    expected = normal.icdf(ends[0] + shares * (ends[1] - ends[0]))
+    torch.testing.assert_close(logit.quantile(shares), expected, rtol=0, atol=0.05)

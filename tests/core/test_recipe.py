@@ -324,3 +324,19 @@ def test_a_recipe_of_another_generation_says_so_in_its_own_words(tmp_path, archi
     assert SiDRecipe.from_metadata(alone, "file") == recipe
     with pytest.raises(RecipeError, match=r"sid\.architecture: expected one of .*, got 'sd9'"):
         SiDRecipe.from_metadata(metadata | {"sid.architecture": "sd9"}, "file")
+
+
+def test_an_any_step_generator_says_for_which_numbers_of_steps_it_was_trained():
+    recipe = SiDRecipe(trained_steps=(1, 2, 4))
+    metadata = recipe.to_metadata()
+    assert metadata["sid.trained_steps"] == "1,2,4"
+    assert SiDRecipe.from_metadata(metadata, "file") == recipe
+    assert [steps for steps in range(1, 9) if recipe.is_trained_for(steps)] == [1, 2, 4]
+    assert "1 2 4 steps" in recipe.describe()
+    assert "sid.trained_steps" not in SiDRecipe().to_metadata()
+    assert SiDRecipe().is_trained_for(4)
+    assert not SiDRecipe().is_trained_for(2)
+    with pytest.raises(RecipeError, match=r"file: sid\.trained_steps: expected 1 to 8, got 9"):
+        SiDRecipe.from_metadata(metadata | {"sid.trained_steps": "4,9"}, "file")
+    with pytest.raises(RecipeError, match=r"file: sid\.trained_steps: expected integers joined by ',', got 'all'"):
+        SiDRecipe.from_metadata(metadata | {"sid.trained_steps": "all"}, "file")

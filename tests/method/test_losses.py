@@ -4,10 +4,13 @@ import torch.nn.functional as F
 
 from sid_train.core.noise_schedule import input_scale, prediction_to_x0
 from sid_train.method.losses import (
+    SID_WEIGHTINGS,
     add_noise,
     denoising_loss,
     discriminator_loss,
+    distribution_matching_loss,
     generator_gan_loss,
+    pseudo_huber_loss,
     sid_loss,
     sid_weight,
 )
@@ -52,6 +55,34 @@ def test_sid_weights():
     assert not weight.requires_grad
     torch.testing.assert_close(sid_weight(x_g, teacher_x0, sigma, "one_minus_sigma"), 1 - sigma / (1 + sigma))
     assert sid_weight(x_g, teacher_x0, sigma, "uniform").tolist() == [1, 1, 1]
+    s = sigma / (1 + sigma)  # SiD-DiT's sigma
+    theirs = {
+        "one_minus_sigma_squared": (1 - s) ** 2,
+        "one_over_sigma": 1 / s,
+        "one_over_sigma_squared": 1 / s**2,
+        "snr": ((1 - s) / s) ** 2,
+        "snr_sqrt": (1 - s) / s,
+    }
+    for weighting, expected in theirs.items():
+        torch.testing.assert_close(sid_weight(x_g, teacher_x0, sigma, weighting), expected)
+    assert {"l1", "one_minus_sigma", "uniform", *theirs} == set(SID_WEIGHTINGS)
+
+
+def test_distribution_matching_is_the_part_of_sid_that_passes_no_network():
+    a, b, x_g = (t.requires_grad_() for t in randn(3))
+    w = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    ours = torch.autograd.grad(sid_loss(a, b, x_g, w, 1.0).sum(), x_g)
+    loss = distribution_matching_loss(a, b, x_g, w)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), (x_g, a, b), allow_unused=True), (*ours, None, None))
+    torch.testing.assert_close(loss, 0.5 * (w[:, None, None, None].float() * (a - b)).square().sum((1, 2, 3)))
+
+
+def test_pseudo_huber_loss_is_absolute_far_away_and_square_nearby():
+    near, far = torch.full((1, 2, 1, 1), 1e-5), torch.full((1, 2, 1, 1), 10.0)
+    zero = torch.zeros(1, 2, 1, 1)
+    torch.testing.assert_close(pseudo_huber_loss(far, zero), torch.tensor([2 * (10 - 1e-3)]), rtol=1e-5, atol=0)
+    expected = torch.tensor([2 * 1e-10 / 2e-3], dtype=torch.float64)
+    torch.testing.assert_close(pseudo_huber_loss(near.double(), zero.double()), expected, rtol=1e-3, atol=0)
 
 
 def test_l1_weight_is_clipped_at_1e_5():

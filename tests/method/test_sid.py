@@ -55,7 +55,7 @@ def test_uniform_matching_differentiates_step_k_alone(step, noise_mode, make, co
     calls = record_calls(generator)
     x_g = distiller.rollout(cond, step, rng)
     assert [c.grad_enabled for c in calls] == [False] * (step - 1) + [True]
-    assert torch.equal(torch.stack([c.sigma[0] for c in calls]), distiller.sigmas[:step])
+    assert torch.equal(torch.stack([c.sigma[0] for c in calls]), distiller.chains[step - 1][:-1])
 
     cotangent = rng.randn(*x_g.shape)
     x_g.backward(cotangent)
@@ -65,6 +65,27 @@ def test_uniform_matching_differentiates_step_k_alone(step, noise_mode, make, co
     generator(last.x, last.sigma, last.cond).backward(cotangent)
     assert sum(g.abs().sum() for g in through_chain) > 0
     torch.testing.assert_close(through_chain, gradients(generator))
+
+
+def test_an_any_step_generator_draws_the_chain_and_then_its_step(make, cond, record_calls, rng):
+    distiller = make(any_steps="1,2,4")
+    ladders = {(625,), (625, 312), (625, 468, 312, 156)}
+    counts = Counter(distiller.draw_step(rng.generator) for _ in range(2400))
+    assert set(counts) == set(range(1, 8))
+    shares = [counts[step] / 2400 for step in range(1, 8)]
+    assert shares == pytest.approx([1 / 3, 1 / 6, 1 / 6, *[1 / 12] * 4], abs=0.03)
+    calls = record_calls(distiller.generator)
+    run = set()
+    for step in range(1, 8):
+        calls.clear()
+        distiller.rollout(cond, step, rng)
+        assert [c.grad_enabled for c in calls] == [False] * (len(calls) - 1) + [True]
+        run.add(tuple(round(float(distiller.schedule.timestep(c.sigma[0]))) for c in calls))
+    assert run == {ladder[: k + 1] for ladder in ladders for k in range(len(ladder))}
+    step, more = distiller.planned_step()
+    assert len(distiller.chains[step - 1]) - 1 == 2
+    calls_of = [len(chain) - 1 for chain in distiller.chains]
+    assert 2 + more == pytest.approx(sum(s * c for s, c in zip(shares, calls_of, strict=True)), abs=0.1)
 
 
 def test_final_matching_differentiates_the_whole_chain(make, cond, record_calls, rng):
@@ -343,8 +364,14 @@ def test_encoder_pass_teaches_the_encoder_alone(make_denoiser, cond, schedule, r
         ({"noise_mode": "none"}, r"method\.noise_mode: expected one of fresh, fixed, ddim, got 'none'"),
         ({"matching": "all"}, r"method\.matching: expected one of uniform, final, got 'all'"),
         ({"guidance": "cfg"}, "guidance: expected none, lsg=SCALE"),
-        ({"weighting": "snr"}, r"method\.weighting: expected one of l1"),
+        ({"weighting": "snr2"}, r"method\.weighting: expected one of l1"),
         ({"prompt_dropout_in": "teacher"}, r"method\.prompt_dropout_in: expected one of generator, fake_score"),
+        ({"noise_levels": "normal"}, r"method\.noise_levels: expected one of uniform, logit_normal, got 'normal'"),
+        ({"any_steps": "1,2"}, r"method\.any_steps: expected different numbers, method\.steps \(4\) among them"),
+        ({"any_steps": "4,4"}, r"method\.any_steps: expected different numbers, .*got '4,4'"),
+        ({"any_steps": "4;2"}, r"method\.any_steps: expected numbers such as 1,2,4,8, got '4;2'"),
+        ({"any_steps": "4,9"}, r"steps: expected 1 to 8, got 9"),
+        ({"any_steps": "1,4", "matching": "final"}, r"method\.any_steps: goes with method\.matching uniform only"),
         ({"t_min": 980}, r"method\.t_min, method\.t_max: expected 0 <= t_min < t_max <= 1000, got 980, 980"),
         ({"prompt_dropout": 1}, r"method\.prompt_dropout: expected 0 to below 1, got 1"),
     ],
