@@ -148,6 +148,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a safetensors file that carries a recipe")
     sub.add_argument("--json", action="store_true", dest="as_json")
 
+    sub = command("study", "distil the demo's teacher under many settings, cell by cell; continues after a stop")
+    sub.add_argument("--out", type=Path, default=Path("sid-study"), help="the runs' folder (default: sid-study)")
+    sub.add_argument("--results", type=Path, help="the file of figures (default: study.json in the runs' folder)")
+    sub.add_argument("--only", action="append", default=[], metavar="NAME", help="a cell; may be given more than once")
+    sub.add_argument("--seed", type=_whole, action="append", default=[], dest="seeds", help="default: 0, 1 and 2")
+    sub.add_argument("--quick", action="store_true", help="a few cells at a tenth of their length, in minutes")
+    sub.add_argument("--workers", type=_whole, help="cells at once, of one thread each (default: one a core)")
+    sub.add_argument("--page", type=Path, help="instead: write the page and its plots from the file of figures")
+
     sub = command("export", "write the generator of a run, or of an exported file, in another form, with its recipe")
     sub.add_argument("source", type=Path, help="the run's folder, or a generator's file with a recipe")
     sub.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file, or a folder for diffusers")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
 from tqdm import tqdm
 
 from ..core.sampling import initial_noise
@@ -37,8 +38,15 @@ def evaluation_subjects(name: str) -> list[Subject]:
 
 
 @torch.no_grad()
-def teacher_images(bundle: ModelBundle, prompts: Sequence[str], scale: float, seed: int, progress: bool = False):
-    """The teacher's pictures from DPM-Solver++ (2M) in 30 steps at guidance ``scale``: [N, 3, H, W] in [-1, 1]."""
+def teacher_images(
+    bundle: ModelBundle,
+    prompts: Sequence[str],
+    scale: float,
+    seed: int,
+    progress: bool = False,
+    steps: int = TEACHER_STEPS,
+) -> Tensor:
+    """The teacher's pictures from DPM-Solver++ (2M) at guidance ``scale``: [N, 3, H, W] in [-1, 1]."""
     unconditional = bundle.conditioner.encode([""])
     cond = bundle.conditioner.encode(prompts)
     noise = initial_noise((len(prompts), *bundle.latent_shape), seed)
@@ -49,7 +57,7 @@ def teacher_images(bundle: ModelBundle, prompts: Sequence[str], scale: float, se
         scheduler = DPMSolverMultistepScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
         )
-        scheduler.set_timesteps(TEACHER_STEPS)
+        scheduler.set_timesteps(steps)
         for t in scheduler.timesteps:
             sigma = bundle.denoiser.schedule.sigma(t.expand(len(x)))[:, None, None, None]
             # diffusers' x is sqrt(abar) times ours.

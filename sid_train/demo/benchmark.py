@@ -2,7 +2,7 @@
 
     python -m sid_train.demo.benchmark [--steps 4] [--iterations 8] [--profile]
 
-A network call is one forward pass for one sample of the batch; two-pass guidance counts two.
+What a network call is, ``calls`` says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..config import load_config
 from ..training.trainer import Trainer
+from .calls import count_calls
 
 STRATEGIES = ("none", "zero-cfg", "lsg=1.2", "anti-cfg=-1", "custom=1,1,1.5")
 
@@ -27,9 +27,7 @@ def benchmark(strategy: str, steps: int, iterations: int, show_profile: bool = F
     overrides = [f"method.guidance={strategy}", f"method.steps={steps}", "training.tracker=none"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(load_config("demo", overrides), Path(folder))
-        calls: Counter[str] = Counter()
-        for name, network in {**trainer.networks, "teacher": trainer.teacher}.items():
-            network.register_forward_hook(lambda module, args, output, name=name: calls.update({name: len(args[0])}))
+        calls = count_calls(trainer)
         for _ in range(2):
             trainer.train_iteration()
         calls.clear()

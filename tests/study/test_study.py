@@ -1,0 +1,90 @@
+"""The study with cells that are too short to say anything: that it runs, continues, and makes its page."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sid_train.cli import main
+from sid_train.demo.report import FIGURES
+from sid_train.study.cells import CELLS, TEACHER_CELLS, Cell
+from sid_train.study.page import Figure, write_page
+from sid_train.study.run import Job, Results, cell_config, run_study
+
+SHORT = ("method.steps=1", "training.batch_size=2", "training.log_every=1")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two cells, one of which starts from the other, and a row of the teacher."""
+    out = tmp_path_factory.mktemp("study")
+    first = Cell("k1", CELLS["k1"].group, "K = 1", SHORT, budget=0.02)
+    second = replace(CELLS["any-step"], settings=(*SHORT, "method.any_steps=1,2"), budget=0.02, sampled=(1, 2))
+    second = replace(second, starts_from="k1")
+    jobs = [Job(TEACHER_CELLS["ladder-1"]), Job(second), Job(first)]
+    results = Results(out / "study.json")
+    run_study(jobs, out, results, workers=1)
+    return out, jobs
+
+
+def test_a_cell_spends_its_network_calls_and_is_measured_at_its_steps(done):
+    out, _ = done
+    rows = json.loads((out / "study.json").read_text())["rows"]
+    assert set(rows) == {"any-step/0", "k1/0", "ladder-1"}
+    # Two updates of the fake score, of two calls each, and one of the generator, of three.
+    assert (rows["k1/0"]["calls_an_iteration"], rows["k1/0"]["iterations"]) == (7, 4)
+    # On average over 1, 2 and their steps the chain has 1.25 calls.
+    assert rows["any-step/0"]["calls_an_iteration"] == pytest.approx(7 + 3 * 0.25)
+    assert set(rows["any-step/0"]["figures"]) == {"1", "2"}
+    for row in rows.values():
+        for sets in row["figures"].values():
+            assert all(set(figures) == set(FIGURES) for figures in sets.values())
+
+
+def test_what_is_done_is_not_done_again(done, capsys):
+    out, jobs = done
+    before = (out / "study.json").read_bytes()
+    run_study(jobs, out, Results(out / "study.json"), workers=1)
+    assert "0 of 3 to run" in capsys.readouterr().out
+    assert (out / "study.json").read_bytes() == before
+
+
+def test_the_page_is_made_of_the_figures_alone(done, tmp_path):
+    out, _ = done
+    results = Results(out / "study.json")
+    write_page(results, tmp_path / "study.md")
+    page = (tmp_path / "study.md").read_text()
+    frechet = results.rows["k1/0"]["figures"]["1"]["held_out"]["frechet"]
+    assert f"| `k1` | K = 1 | 1 | {frechet:.3f} / " in page
+    assert page.count("| `any-step` |") == 2
+    drawn = (tmp_path / "study" / "guidance.svg").read_bytes()
+    write_page(results, tmp_path / "study.md")
+    assert (tmp_path / "study" / "guidance.svg").read_bytes() == drawn
+    assert page.count("](study/") == 2
+
+
+def test_figures_of_another_teacher_are_not_mixed(tmp_path):
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"made_with": {"teacher": "another"}, "rows": {}}))
+    with pytest.raises(ValueError, match=r"study\.json: its figures are of another teacher, classifier or budget"):
+        Results(path)
+
+
+def test_intervals_are_those_of_students_t():
+    figure = Figure([1.0, 2.0, 3.0])
+    assert (figure.mean, figure.half_width) == (2.0, pytest.approx(4.3027 / 3**0.5, rel=1e-4))
+    assert Figure([1.0]).text(".2f") == "1.00"
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
+def test_every_cell_is_a_configuration(cell, tmp_path):
+    config = cell_config(replace(cell, starts_from=""), 0, tmp_path)
+    assert config.method.steps in (cell.sampled or (config.method.steps,))
+
+
+def test_mistakes(tmp_path, capsys):
+    assert main(["study", "--only", "k5", "--out", str(tmp_path)]) == 2
+    assert "--only: no cell is called 'k5'" in capsys.readouterr().err
+    assert main(["study", "--quick", "--only", "k4", "--out", str(tmp_path)]) == 2
+    assert "--quick: runs k4, k1" in capsys.readouterr().err
+    assert main(["study", "--workers", "0", "--out", str(tmp_path)]) == 2
