@@ -144,8 +144,47 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("file", type=Path)
     sub.add_argument("--json", action="store_true", dest="as_json")
 
-    sub = command("evaluate", "measure a generator of the demo's architecture")
-    sub.add_argument("model", help="a safetensors file that carries a recipe")
+    sub = command("evaluate", "measure generators, teachers or pictures; continues after a stop")
+    sub.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a file with a recipe, a run's folder, a model that is not distilled (with --steps and --cfg), or a "
+        "folder of pictures; several are compared",
+    )
+    sub.add_argument("--captions", help="a file of prompts, a picture each; without it: the demo's own figures")
+    sub.add_argument("--protocol", help="coco-30k or coco-5k: how many captions, and which figures")
+    sub.add_argument("--count", type=_whole, help="pictures (default: the protocol's, else one a caption)")
+    sub.add_argument("--reference", type=Path, help="a folder of real pictures, for fid, precision and recall")
+    sub.add_argument("--teacher-pictures", type=Path, help="a folder of the teacher's pictures, for fid-t")
+    sub.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        dest="metrics",
+        metavar="NAME",
+        help="fid, fid-t, precision, recall, clip, hpsv2, image-reward or aesthetic; may be given more than once "
+        "(default: the protocol's, else clip)",
+    )
+    sub.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="of a metric's network: inception, clip, hpsv2, image-reward, aesthetic or aesthetic-clip",
+    )
+    sub.add_argument("--steps", type=_whole, help="network calls in time (default: the recipe's)")
+    sub.add_argument(
+        "--cfg", type=_number, help="guidance at sampling time (default: the recipe's, which is 1 for SiD)"
+    )
+    sub.add_argument("--base", help="the model that a LoRA belongs on, or whose text encoders and VAE to use")
+    sub.add_argument("--resolution", type=_whole, default=0, help="of the pictures (default: what it was trained at)")
+    sub.add_argument("--iteration", type=_whole, default=0, help="of a run's snapshot (default: its last checkpoint)")
+    sub.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one)")
+    sub.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the UNet (default: fp32)")
+    sub.add_argument("--seed", type=_whole, default=0, help="of the first picture's noise (default: 0)")
+    sub.add_argument("--resamples", type=_whole, default=20, help="for the intervals of fid and fid-t (default: 20)")
+    sub.add_argument("--out", type=Path, default=Path("sid-evaluation"), help="default: sid-evaluation")
     sub.add_argument("--json", action="store_true", dest="as_json")
 
     sub = command("study", "distil the demo's teacher under many settings, cell by cell; continues after a stop")

@@ -32,7 +32,7 @@ def sample(
         raise ValueError(f"--out: expected a name that ends in .png, got {str(out)!r}")
     if not 1 <= count <= 256:
         raise ValueError(f"--count: expected 1 to 256, got {count}")
-    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_named(device)
     generator = open_generator(model, base)
     recipe = generator.recipe
     # Only a base of another name is hashed: the usual case does not wait for it.
@@ -52,7 +52,9 @@ def sample(
     print(f"{out}: {len(images)} picture(s), timesteps {' '.join(map(str, timesteps))}")
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """A device by its name; CUDA's first where there is one, if None. ValueError for one that cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -50,6 +50,17 @@ def load_prompts(source: str, report: bool = False) -> list[str]:
     return list(prompts)
 
 
+def load_captions(source: str) -> list[str]:
+    """The captions of ``source``, stripped, in order, one that is there twice as well; read as ``load_prompts`` does.
+    ValueError where one is empty, since a picture is made of each.
+    """
+    with reading(source, "captions"):
+        captions = [text.strip() for text in _texts(source, Dropped())]
+        if not all(captions):
+            raise ValueError(f"{source}: caption {captions.index('') + 1:,} is empty: write one, or remove the line")
+    return captions
+
+
 def _texts(source: str, dropped: Dropped) -> Iterator[str]:
     path = Path(source)
     if source.startswith("hf:"):

@@ -7,22 +7,20 @@ import json
 from collections.abc import Sequence
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from ..core.sampling import initial_noise
 from ..files.atomic import write_text
 from ..files.hashing import file_sha256
-from ..method.guidance import guided_denoise
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject
 from ..models.digits.model import ASSETS, TEACHER_FILE
 from ..models.families import load_model
+from ..sample import TEACHER_STEPS, sample_teacher_latents
 from .metrics import CLASSIFIER_FILE, REFERENCE_SEED, DigitEvaluator, Row
 
 IMAGES = 2048
-TEACHER_STEPS = 30
 TEACHER_SCALES = (1.0, 1.5, 2.0, 3.0)
 CACHE_FILE = ASSETS / "baselines.json"
 FLOOR_SEED = 2
@@ -53,18 +51,8 @@ def teacher_images(
     parts = []
     starts = range(0, len(prompts), 256)
     for start in tqdm(starts, desc=f"teacher at guidance {scale:g}", disable=not progress):
-        told, x = cond[start : start + 256], noise[start : start + 256]
-        scheduler = DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
-        )
-        scheduler.set_timesteps(steps)
-        for t in scheduler.timesteps:
-            sigma = bundle.denoiser.schedule.sigma(t.expand(len(x)))[:, None, None, None]
-            # diffusers' x is sqrt(abar) times ours.
-            ours = x * (1 + sigma**2).sqrt()
-            x0 = guided_denoise(bundle.denoiser, ours, sigma.flatten(), told, unconditional, scale)
-            x = scheduler.step((ours - x0) / sigma, t, x).prev_sample
-        parts.append(x)
+        rows = slice(start, start + 256)
+        parts.append(sample_teacher_latents(bundle, cond[rows], unconditional, noise[rows], steps, scale))
     return bundle.codec.decode(torch.cat(parts)).clamp(-1, 1)
 
 

@@ -10,6 +10,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features [N, D] and [M, D] (FID, arXiv 1706.08500)."""
     a, b = a.double(), b.double()
     difference = a.mean(0) - b.mean(0)
+    if min(len(a), len(b)) < a.shape[1] // 2:
+        # tr sqrt(A B) is the sum of the singular values of sqrt(A) sqrt(B), and those are these, of a smaller matrix.
+        a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+        cross = torch.linalg.svdvals(a @ b.T).sum()
+        return float(difference @ difference + a.square().sum() + b.square().sum() - 2 * cross)
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), which is symmetric.
     values, vectors = torch.linalg.eigh(cov_a)

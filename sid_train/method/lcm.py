@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.noise_schedule import x0_to_epsilon
 from ..core.rng import BatchRNG
+from ..models.guided import guided_denoise
 from .base import Batch, Losses, Method, MethodSettings, Setting, Update, require_default
-from .guidance import guided_denoise
 from .losses import add_noise, pseudo_huber_loss
 
 TIMESTEPS = 50

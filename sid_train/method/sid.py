@@ -18,9 +18,9 @@ from ..core.rng import BatchRNG
 from ..core.sampling import few_step_sample, ladder_sigmas, noise_sampler
 from ..models.conditioning import Conditioning, RealBatch
 from ..models.denoiser import Network, logits
+from ..models.guided import guided_denoise, guided_denoise_with_logits
 from .base import Batch, Losses, Method, MethodSettings, Setting, Update
 from .config import GANConfig, MethodConfig
-from .guidance import guided_denoise, guided_denoise_with_logits
 from .losses import (
     add_noise,
     denoising_loss,

@@ -24,6 +24,16 @@ def test_frechet_distance_needs_no_common_eigenvectors():
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
 
 
+def test_frechet_distance_of_few_pictures_in_many_features():
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(7, 40, generator=generator).double(), torch.randn(11, 40, generator=generator).double() + 1
+    ca, cb = torch.cov(a.T), torch.cov(b.T)
+    cross = torch.linalg.eigvals(ca @ cb).real.clamp(min=0).sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
 def test_precision_falls_with_outliers_and_recall_with_lost_modes():
     generator = torch.Generator().manual_seed(2)
     real = torch.randn(600, 2, generator=generator)

@@ -77,8 +77,14 @@ def load_split(split: Split) -> tuple[Tensor, Tensor]:
     raise ValueError(f"split: expected one of {', '.join(SPLIT_SIZES)}, got {split!r}")
 
 
+def palette(colours: dict[str, tuple[float, float, float]]) -> Tensor:
+    """The named colours: [n, 3] in [0, 1]."""
+    return torch.tensor(list(colours.values()))
+
+
 def render(digits: Tensor, colours: Tensor, grounds: Tensor, generator: torch.Generator) -> Tensor:
-    """Paints ``digits`` [N, 8, 8] in [0, 1] with colour and ground indices [N]: images [N, 3, 16, 16] in [-1, 1].
+    """Paints ``digits`` [N, 8, 8] in the colours of digit and ground [N, 3], all in [0, 1]: images [N, 3, 16, 16] in
+    [-1, 1].
 
     Each is turned by up to 8 degrees, scaled by up to 10% and shifted by up to one pixel; colours vary by 0.03 (1 sd).
     """
@@ -94,11 +100,10 @@ def render(digits: Tensor, colours: Tensor, grounds: Tensor, generator: torch.Ge
     grid = F.affine_grid(affine, [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
     mask = F.grid_sample(digits[:, None], grid, mode="bicubic", align_corners=False).clamp(0, 1)
 
-    def paint(palette: dict[str, tuple[float, float, float]], index: Tensor) -> Tensor:
-        base = torch.tensor(list(palette.values()))[index]
+    def paint(base: Tensor) -> Tensor:
         return (base + 0.03 * torch.randn(n, 3, generator=generator)).clamp(0, 1)[..., None, None]
 
-    return (paint(GROUNDS, grounds) * (1 - mask) + paint(COLOURS, colours) * mask) * 2 - 1
+    return (paint(grounds) * (1 - mask) + paint(colours) * mask) * 2 - 1
 
 
 class RealDigits:
@@ -108,13 +113,17 @@ class RealDigits:
         self.images, labels = load_split(split)
         self.by_class = [torch.nonzero(labels == d).flatten() for d in range(len(DIGITS))]
 
-    def draw(self, subjects: Sequence[Subject], generator: torch.Generator) -> Tensor:
-        """One image for each subject, a random digit of its class: [N, 3, 16, 16] in [-1, 1]."""
+    def draw(self, subjects: Sequence[Subject], generator: torch.Generator, colours: Tensor | None = None) -> Tensor:
+        """One image for each subject, a random digit of its class: [N, 3, 16, 16] in [-1, 1].
+
+        colours: of the digits, [N, 3] in [0, 1], instead of the subjects'
+        """
         pick = torch.rand(len(subjects), generator=generator).tolist()
         candidates = [self.by_class[s.digit] for s in subjects]
         chosen = torch.stack([c[int(p * len(c))] for c, p in zip(candidates, pick, strict=True)])
-        colours = torch.tensor([s.colour for s in subjects])
-        grounds = torch.tensor([s.ground for s in subjects])
+        if colours is None:
+            colours = palette(COLOURS)[[s.colour for s in subjects]]
+        grounds = palette(GROUNDS)[[s.ground for s in subjects]]
         return render(self.images[chosen], colours, grounds, generator)
 
 

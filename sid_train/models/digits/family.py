@@ -22,9 +22,12 @@ class DigitsFamily(ModelFamily):
             raise ValueError("model.resolution: the demo's model has its own; leave it at 0")
 
     def open(self, source: str, prediction_type: str = AUTO) -> DigitsModel:
-        if prediction_type not in (AUTO, "epsilon"):
-            raise ValueError(f"model.prediction_type: the demo's model predicts epsilon, not {prediction_type}")
-        return open_digits(TEACHER_FILE if source == self.word else Path(source))
+        model = open_digits(TEACHER_FILE if source == self.word else Path(source))
+        if prediction_type not in (AUTO, model.prediction_type):
+            raise ValueError(
+                f"model.prediction_type: the demo's model predicts {model.prediction_type}, not {prediction_type}"
+            )
+        return model
 
     def prompts(self) -> list[str]:
         return [subject.prompt for subject in TRAINING_SUBJECTS]

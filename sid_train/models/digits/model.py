@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import Embedding
 
-from ...core.noise_schedule import VPSchedule
-from ...core.recipe import has_recipe
+from ...core.noise_schedule import PREDICTION_TYPES, VPSchedule
+from ...core.recipe import SiDRecipe, has_recipe
 from ...files.header import read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
 from ..bundle import ModelBundle
@@ -31,6 +31,8 @@ ASSETS = Path(__file__).parent / "assets"
 TEACHER_FILE = ASSETS / "teacher.safetensors"
 ARCHITECTURE = "sid-demo-digits"
 TEXT = "text_encoder."  # before the conditioner's tensors in a file
+PREDICTION_TYPE = "prediction_type"
+"""Of a teacher, in its file's header; a generator's recipe says its own."""
 LICENCE = "Apache-2.0 (trained on CC BY 4.0 data: UCI Optical Recognition of Handwritten Digits)"
 LATENT_SHAPE = (12, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
 MAX_TOKENS = 8
@@ -143,6 +145,7 @@ class DigitsModel(OpenedModel):
     architecture = ARCHITECTURE
 
     name: str = "SiD demo digits"
+    prediction_type: str = "epsilon"
 
     def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
         """As ``OpenedModel.load``; the network is so small that it is read in any case, and its pictures have one
@@ -154,7 +157,7 @@ class DigitsModel(OpenedModel):
         for module, tensors, prefix in parts:
             require_tensors(module.state_dict(), tensors, f"{self.weights}: the demo's model", prefix)
             module.load_state_dict({name: tensor.load_finite().float() for name, tensor in tensors.items()})
-        denoiser = UNetDenoiser(unet, VPSchedule.sdxl())
+        denoiser = UNetDenoiser(unet, VPSchedule.sdxl(prediction_type=self.prediction_type))
         denoiser.to(dtype or torch.float32)
         return ModelBundle(
             name=self.name,
@@ -178,5 +181,18 @@ def open_digits(path: Path = TEACHER_FILE) -> DigitsModel:
             text[name] = tensor
         else:
             unet[name.removeprefix(DigitsModel.prefix)] = tensor
-    is_generator = has_recipe(read_safetensors_metadata(path))
-    return DigitsModel(tensors=unet, rest=text, weights=path, is_generator=is_generator, read_from=(path,))
+    metadata = read_safetensors_metadata(path)
+    is_generator = has_recipe(metadata)
+    predicts = metadata.get(PREDICTION_TYPE, "epsilon")  # of the first teacher, which did not say it
+    if is_generator:
+        predicts = SiDRecipe.from_metadata(metadata, path).prediction_type
+    if predicts not in PREDICTION_TYPES:
+        raise ValueError(f"{path}: expected a model that predicts {' or '.join(PREDICTION_TYPES)}, got {predicts!r}")
+    return DigitsModel(
+        tensors=unet,
+        rest=text,
+        weights=path,
+        is_generator=is_generator,
+        read_from=(path,),
+        prediction_type=predicts,
+    )
