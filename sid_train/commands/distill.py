@@ -8,6 +8,7 @@ from ..config import load_config
 from ..files.console import unbreakable_output
 from ..models.families import default_format, export_generator
 from ..models.family import ExportOptions
+from ..training.alarms import LossAlarms, PictureAlarms
 from ..training.callbacks import Callback, Grids, SnapshotScores
 from ..training.distributed import is_first_process
 from ..training.run import RunFolder
@@ -29,7 +30,11 @@ def distill(config: str, overrides: list[str], out: Path, dry_run: bool, force: 
             print(describe_run(settings, out))
         return
     training = settings.training
-    callbacks: list[Callback] = [Grids(training.grid_every)] if training.grid_every else []
+    callbacks: list[Callback] = [LossAlarms()]
+    if training.grid_every:
+        callbacks.append(Grids(training.grid_every))
+    if every := training.grid_every or training.snapshot_every:
+        callbacks.append(PictureAlarms(every))
     if training.clip_model:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 

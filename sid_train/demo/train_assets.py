@@ -11,8 +11,8 @@ stop.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,8 +57,11 @@ class _TeacherData:
     """Pictures of the teacher's split and their prompts, some of whose words are missing."""
 
     def __init__(self, codec: DigitCodec, conditioner: DigitConditioner, generator: torch.Generator):
-        self.codec, self.conditioner, self.generator = codec, conditioner, generator
-        self.real, self.told = RealDigits("teacher"), dict[str, Conditioning]()
+        self.codec, self.generator, self.real = codec, generator, RealDigits("teacher")
+        ways = list(itertools.product((True, False), repeat=3))
+        prompts = list(dict.fromkeys(_text(s, *said) for s in TRAINING_SUBJECTS for said in ways))
+        self.rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self.told = conditioner.encode(prompts)
 
     def draw(self, batch: int) -> tuple[Tensor, Conditioning]:
         """Latents [batch, ...] and what they show."""
@@ -72,13 +75,8 @@ class _TeacherData:
         said = torch.stack(kept) >= UNSAID
         said[0] &= unnamed >= UNNAMED
         said &= silent >= UNSAID
-        prompts = [_text(s, *which) for s, which in zip(subjects, said.T.tolist(), strict=True)]
-        return self.codec.encode(images), self._encode(prompts)
-
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt in set(prompts) - self.told.keys():
-            self.told[prompt] = self.conditioner.encode([prompt])
-        return Conditioning.cat([self.told[prompt] for prompt in prompts])
+        rows = [self.rows[_text(s, *which)] for s, which in zip(subjects, said.T.tolist(), strict=True)]
+        return self.codec.encode(images), self.told[rows]
 
 
 def train_teacher(path: Path, steps: int, batch: int, seed: int) -> None:
@@ -127,7 +125,8 @@ def train_teacher(path: Path, steps: int, batch: int, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, list(teacher.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(teacher.parameters()), 1 - decay)
         if step % 100 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:

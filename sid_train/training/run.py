@@ -39,6 +39,8 @@ class RunFolder:
         self.path = path
         self.config_file = path / "config.toml"
         self.log = path / "log.jsonl"
+        self.alarms = path / "alarms.jsonl"
+        self.looks = path / "looks.jsonl"
         self._teacher = path / "teacher.json"
         self._checkpoint = path / "checkpoint.safetensors"  # the last one; those before it are in the folder
         self._checkpoint_folder = path / "checkpoints"  # with training.sharding all of them, a folder each
@@ -214,6 +216,10 @@ class RunFolder:
         """Where the averaged generator of an iteration is kept: a file, or a folder of a sharded run."""
         folder = self._snapshots / f"{iteration:07d}"
         return folder if sharded else folder.with_suffix(".safetensors")
+
+    def snapshots(self) -> list[int]:
+        """The iterations of which the averaged generator is kept."""
+        return sorted(int(path.name.partition(".")[0]) for path in self._snapshots.glob("[0-9]*"))
 
     def best_snapshot(self) -> int:
         """The iteration of the snapshot with the highest CLIP score; 0 where none was scored, so that the last
