@@ -66,6 +66,8 @@ BUDGETS = "Budget"
 TEACHER = "The teacher, without a distillation"
 
 PAIRED = ("data.pairs=demo",)
+LATE = "gan.start_images=1000"
+DIT = "method.weighting=one_minus_sigma"
 DMD2 = ("method.kind=dmd2", "method.alpha=1")
 LCM = ("method.kind=lcm", "method.alpha=1", "training.fake_score_updates=1", "method.t_init=999", *PAIRED)
 
@@ -106,12 +108,39 @@ def _cells() -> Iterator[Cell]:
         settings = ("method.steps=1", f"method.guidance={strategy}")
         yield Cell(f"k1-{_name(strategy)}", GUIDANCE, f"K = 1, {strategy}", settings)
 
+    for name, told, gan in (
+        ("sida", "SiDA's weights, 0.01 : 100", ("gan.generator_weight=1e-4",)),
+        ("gan-0.001-d10", "0.001 : 1, discriminator 10", ("gan.generator_weight=1e-3", "gan.discriminator_weight=10")),
+        ("gan-0.001", "0.001 : 1", ("gan.generator_weight=1e-3",)),
+        ("gan-0.01", "SiD-DiT's weights, 1 : 100", ("gan.generator_weight=1e-2",)),
+        ("gan-0.1", "0.1 : 1", ("gan.generator_weight=0.1",)),
+        (
+            "gan-0.01-d0.03",
+            "1 : 100, discriminator 0.03",
+            ("gan.generator_weight=1e-2", "gan.discriminator_weight=0.03"),
+        ),
+        ("gan-0.01-dit", "1 : 100, weight one minus sigma", ("gan.generator_weight=1e-2", DIT)),
+    ):
+        yield Cell(f"pairs-{name}", PAIRS, f"none, {told}", (*PAIRED, *gan, LATE))
+        if name in ("gan-0.01", "gan-0.1", "gan-0.01-dit"):
+            settings = ("method.guidance=zero-cfg", *PAIRED, *gan, LATE)
+            yield Cell(f"pairs-zero-cfg-{name}", PAIRS, f"Zero-CFG, {told}", settings)
+    for strategy in ("none", "zero-cfg", "anti-cfg=-1"):
+        # Two stages of half the calls each are as much as the other cells have.
+        first, own = f"half-{_name(strategy)}", (f"method.guidance={strategy}",)
+        yield Cell(first, PAIRS, f"{strategy}, half the calls", own, budget=0.5)
+        settings = (*own, *PAIRED, "gan.generator_weight=1e-2")
+        told = f"SiD2a: {strategy}, then with 1 : 100"
+        yield Cell(f"sid2a-{_name(strategy)}", PAIRS, told, settings, budget=0.5, starts_from=first)
+
     yield Cell("any-step", ANY_STEP, "K drawn from 1, 2, 4, 8", ("method.any_steps=1,2,4,8",), sampled=(1, 2, 4, 8))
 
     for steps in (4, 1):
         prefix, told = ("k1-", "K = 1, ") if steps == 1 else ("", "")
         own = (f"method.steps={steps}",)
         yield Cell(f"{prefix}dmd2", BASELINES, f"{told}DMD2's loss", (*DMD2, *own))
+        gan = (*PAIRED, "gan.generator_weight=3e-3", "gan.discriminator_weight=0.01", LATE)
+        yield Cell(f"{prefix}dmd2-gan", BASELINES, f"{told}DMD2's loss with its GAN weights", (*DMD2, *gan, *own))
         yield Cell(f"{prefix}dmd2-999", BASELINES, f"{told}DMD2's loss, 999", (*DMD2, "method.t_init=999", *own))
     guided = "method.guidance=custom=1,1,1.5"
     yield Cell("lcm", BASELINES, "LCM, no guidance", LCM, sampled=(1, 2, 4, 8))
