@@ -60,7 +60,7 @@ class Source:
     @torch.no_grad()
     def pictures(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1], on the CPU. That of a place depends on its prompt and on ``seed`` plus the
-        place alone, not on which others are made with it.
+        place, and but for rounding not on which others are made with it.
         """
         noise = torch.cat([initial_noise((1, *self.bundle.latent_shape), seed + place) for place in places])
         cond = self.bundle.conditioner.encode(prompts)
