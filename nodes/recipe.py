@@ -123,7 +123,7 @@ class SiDRecipeOverride(io.ComfyNode):
         changes: dict = {}
         if timesteps.strip():
             chosen = _integers(timesteps)
-            changes |= {"timesteps": chosen, "t_init": chosen[0], "ladder": _ladder(chosen)}
+            changes |= {"timesteps": chosen, "t_init": chosen[0], "ladder": _ladder(chosen), "trained_steps": ()}
         if noise_mode != KEEP:
             changes["noise_mode"] = noise_mode
         if guidance != KEEP:

@@ -47,8 +47,11 @@ def sample_teacher_latents(
         beta_end=0.012,
         beta_schedule="scaled_linear",
         timestep_spacing="trailing",
+        prediction_type="sample",
         rescale_betas_zero_snr=bundle.zero_terminal_snr,
     )
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"--steps: expected 1 to 1,000 of DPM-Solver++, got {steps}")
     scheduler.set_timesteps(steps, device=noise.device)
     x = noise
     for t in scheduler.timesteps:
@@ -56,7 +59,7 @@ def sample_teacher_latents(
         # diffusers' x is sqrt(abar) times ours.
         ours = x * (1 + sigma**2).sqrt()
         x0 = guided_denoise(bundle.denoiser, ours, sigma.flatten(), cond, unconditional, scale)
-        x = scheduler.step((ours - x0) / sigma, t, x).prev_sample
+        x = scheduler.step(x0, t, x).prev_sample
     return x
 
 

@@ -32,9 +32,7 @@ def distill(config: str, overrides: list[str], out: Path, dry_run: bool, force: 
     training = settings.training
     callbacks: list[Callback] = [LossAlarms()]
     if training.grid_every:
-        callbacks.append(Grids(training.grid_every))
-    if every := training.grid_every or training.snapshot_every:
-        callbacks.append(PictureAlarms(every))
+        callbacks += [Grids(training.grid_every), PictureAlarms(training.grid_every)]
     if training.clip_model:
         from ..evaluation.clip_score import CLIPScorer  # slow to import, and few runs need it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,12 +59,17 @@ def evaluate(
     ):
         if metric in wanted and folder is None:
             raise ValueError(f"{option}: {metric} needs a folder of pictures")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps: expected 1 or more, got {steps}")
+    if device is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--device: several processes take a GPU each: drop it")
     prompts = load_captions(captions)
     pictures = count or (named.pictures if named else len(prompts))
     if not 2 <= pictures <= len(prompts):
         raise ValueError(f"--count: expected 2 to {len(prompts):,}, the captions in {captions}, got {pictures:,}")
     request = Request(
         prompts=prompts[:pictures],
+        captions=len(prompts),
         seed=seed,
         sampling=Sampling(steps, cfg, base, resolution, iteration, DTYPES[dtype]),
         metrics=wanted,

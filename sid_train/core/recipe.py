@@ -20,7 +20,15 @@ from ..files.reading import shown
 from .architectures import SDXL, STABLE_DIFFUSION, Architecture
 from .noise_schedule import PREDICTION_TYPES, X0, VPSchedule
 from .sampling import DEFAULT_GAMMA, NOISE_MODES, SID_NOISE_MODES, NoiseMode
-from .timesteps import DEFAULT_T_INIT, LADDERS, MAX_SID_STEPS, check_timesteps, ladder_timesteps, timestep_ladder
+from .timesteps import (
+    DEFAULT_T_INIT,
+    LADDERS,
+    MAX_SID_STEPS,
+    MAX_STEPS,
+    check_timesteps,
+    ladder_timesteps,
+    timestep_ladder,
+)
 
 FORMAT_VERSION = 3
 """The newest that is read. A recipe is written as the oldest that can say it (see ``SiDRecipe.format_version``)."""
@@ -129,11 +137,7 @@ class SiDRecipe:
                 raise RecipeError(
                     f"sid.timesteps: {list(steps)} disagree with {of} of {len(steps)} steps is {expected}"
                 )
-        for count in self.trained_steps:
-            try:
-                ladder_timesteps(self.ladder, count, self.t_init)
-            except ValueError as error:
-                raise RecipeError(f"sid.trained_{error}") from None
+        self._check_trained_steps()
         if not 0 <= self.noise_gamma <= 1:
             raise RecipeError(f"sid.noise_gamma: expected 0 to 1, got {self.noise_gamma}")
         if not 0 < self.timestep_scale <= 1:
@@ -149,6 +153,21 @@ class SiDRecipe:
                 )
         if not 0 <= self.sampling_cfg < math.inf:
             raise RecipeError(f"sid.sampling.cfg: expected a finite number from 0, got {self.sampling_cfg}")
+
+    def _check_trained_steps(self) -> None:
+        counts = self.trained_steps
+        if not counts:
+            return
+        if len(counts) > MAX_STEPS or len(set(counts)) != len(counts) or self.steps not in counts:
+            raise RecipeError(
+                f"sid.trained_steps: expected up to {MAX_STEPS} different numbers, {self.steps} among them, "
+                f"got {shown(counts, 100)}"
+            )
+        for count in counts:
+            try:
+                ladder_timesteps(self.ladder, count, self.t_init)
+            except ValueError as error:
+                raise RecipeError(f"sid.trained_steps: {error}") from None
 
     @property
     def steps(self) -> int:
@@ -175,7 +194,7 @@ class SiDRecipe:
         return (
             f"A few-step generator distilled from {self.base_model}. Sample it in {self.steps} step"
             f"{'s' * (self.steps > 1)} (timestep{'s' * (self.steps > 1)} {' '.join(map(str, self.timesteps))}{noise}), "
-            f"{guidance}."
+            f"{guidance}." + (f" It was trained for {self.trained_numbers} steps." if self.trained_steps else "")
         )
 
     @property

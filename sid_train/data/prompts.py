@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,13 +52,16 @@ def load_prompts(source: str, report: bool = False) -> list[str]:
 
 
 def load_captions(source: str) -> list[str]:
-    """The captions of ``source``, stripped, in order, one that is there twice as well; read as ``load_prompts`` does.
-    ValueError where one is empty, since a picture is made of each.
+    """The captions of ``source``, stripped, in order, also those that are there twice; read as ``load_prompts`` does.
+    What is not used is printed. ValueError where one is empty, since a picture is made of each.
     """
+    dropped = Dropped()
     with reading(source, "captions"):
-        captions = [text.strip() for text in _texts(source, Dropped())]
+        captions = [text.strip() for text in _texts(source, dropped)]
         if not all(captions):
             raise ValueError(f"{source}: caption {captions.index('') + 1:,} is empty: write one, or remove the line")
+    if str(dropped):
+        print(f"{source}: not used: {dropped}", file=sys.stderr, flush=True)
     return captions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pickle import UnpicklingError
 from urllib.error import URLError
@@ -15,7 +16,7 @@ from ..files.reading import shown
 
 
 class Inception:
-    """Features [N, 2048] of pictures of any one size, which the network itself resizes to 299x299.
+    """Features [N, 2048] of pictures, which the network itself resizes to 299x299.
 
     weights: a file, or "" for torch-fidelity's, from its cache or downloaded
     """
@@ -41,7 +42,12 @@ class Inception:
             ) from None
         self.network, self.device = network.to(device).eval(), device
 
-    @torch.no_grad()
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        alike = [list(group) for _, group in itertools.groupby(pictures, key=lambda picture: picture.size)]
+        return torch.cat([self._of_one_size(group) for group in alike])
+
+    @torch.no_grad()
+    def _of_one_size(self, pictures: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
-        return self.network(pixels.permute(0, 3, 1, 2).to(self.device))[0].float().cpu()
+        found: Tensor = self.network(pixels.permute(0, 3, 1, 2).to(self.device))[0]
+        return found.float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,16 @@ class OpenCLIP:
             raise ValueError(f"{setting}: needs OpenCLIP: pip install open-clip-torch") from None
         try:
             source = _unwrapped(weights) if Path(weights).is_file() else weights
-            network, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=source if isinstance(source, str) else None, load_weights=isinstance(source, str)
-            )
+            with warnings.catch_warnings():
+                # Weights for another activation than the model has: its figures would be wrong.
+                warnings.filterwarnings("error", message="QuickGELU mismatch")
+                network, _, self.preprocess = open_clip.create_model_and_transforms(
+                    model, pretrained=source if isinstance(source, str) else None, load_weights=isinstance(source, str)
+                )
             if not isinstance(source, str):
                 network.load_state_dict(source)
             self.tokenizer = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
             raise ValueError(
                 f"{setting}: the weights {shown(weights)} of {shown(model)} cannot be had: "
                 f"{shown(str(error).splitlines()[0])}: give their file as {setting}=FILE"

@@ -65,6 +65,9 @@ class TrainingSettings(Protocol):
     @property
     def fake_score_updates(self) -> int: ...
 
+    @property
+    def generator_start_images(self) -> int: ...
+
 
 class DataSettings(Protocol):
     """What a method reads of the data's configuration."""

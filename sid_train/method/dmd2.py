@@ -2,11 +2,13 @@
 generator's loss.
 
 Its own settings are ``t_init = 999``, five updates of the fake score, guidance in the teacher alone (``custom=1,1,S``),
-and a GAN term of a small weight. Its discriminator has a head of its own; here it is SiD's.
+and a GAN term of a small weight, the same for every sample. Its discriminator has a head of its own and learns by the
+sum of two cross-entropies; here it is SiD's, which takes their mean.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import MethodSettings, require_default
@@ -24,6 +26,13 @@ class DMD2(Distiller):
     def check(cls, config: MethodSettings) -> None:
         super().check(config)
         require_default(config.method, "alpha", cls.title)
+
+    @classmethod
+    def summary(cls, config: MethodSettings) -> dict[str, str]:
+        return {name: value for name, value in super().summary(config).items() if name != "alpha"}
+
+    def adversarial_weight(self, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight)
 
     def matching_loss(self, teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor) -> Tensor:
         return distribution_matching_loss(teacher_x0, fake_x0, x_g, weight)

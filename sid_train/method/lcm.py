@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.noise_schedule import x0_to_epsilon
+from ..core.noise_schedule import expand, x0_to_epsilon
 from ..core.rng import BatchRNG
 from ..models.guided import guided_denoise
 from .base import Batch, Losses, Method, MethodSettings, Setting, Update, require_default
@@ -23,8 +23,8 @@ SKIP = 1000 // TIMESTEPS
 class ConsistencyDistiller(Method):
     """One network is trained, on real pairs. Its target is itself without gradient, as in LCM-LoRA (arXiv 2311.05556).
 
-    A network that estimates x0 fulfils a consistency function's condition at the lowest noise by itself: there LCM's
-    two factors are 0 and 1 but for noise that none of the timesteps has.
+    At timestep 0 a consistency function's own condition holds: a picture without noise is its own estimate. Above it,
+    LCM's two factors leave the network's estimate alone, but for a few parts in a million.
     """
 
     title = "LCM"
@@ -40,7 +40,10 @@ class ConsistencyDistiller(Method):
             raise ValueError("training.fake_score_updates: lcm has no fake score: set it to 1")
         if (config.method.strategy.fake_train, config.method.strategy.fake_eval) != (1, 1):
             raise ValueError("method.guidance: lcm has no fake score: expected custom=1,1,TEACHER, or none")
-        for key in ("any_steps", "alpha", "matching", "weighting", "noise_levels", "t_min", "t_max"):
+        if config.training.generator_start_images:
+            raise ValueError("training.generator_start_images: lcm trains the generator alone: set it to 0")
+        levels = ("noise_levels", "t_min", "t_max")
+        for key in ("alpha", "matching", "weighting", *levels, "prompt_dropout", "prompt_dropout_in"):
             require_default(config.method, key, cls.title)
 
     @classmethod
@@ -80,5 +83,6 @@ class ConsistencyDistiller(Method):
         # With gradient first: before PyTorch 2.11 autocast goes on using the weights that it cast without.
         made: Tensor = self.generator(x, sigma, real.cond)
         with torch.no_grad():
-            target = self.generator(on_path, lower, real.cond)
+            estimate = self.generator(on_path, lower, real.cond)
+            target = torch.where(expand(index == 0, on_path) > 0, on_path, estimate)
         return {"consistency": pseudo_huber_loss(made, target).mean()}

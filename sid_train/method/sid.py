@@ -244,8 +244,12 @@ class Distiller(Method):
         if fake_logits is None:
             return {name: self.gan.sid_weight * loss}
         # Equal halves from here on, as in SiDA and SiD-DiT; the two weights set the balance.
-        gan = generator_gan_loss(fake_logits, weight, x_g[0].numel()).mean()
+        gan = generator_gan_loss(fake_logits, self.adversarial_weight(weight), x_g[0].numel()).mean()
         return {name: 0.5 * self.gan.sid_weight * loss, "gan": 0.5 * self.gan.generator_weight * gan}
+
+    def adversarial_weight(self, weight: Tensor) -> Tensor:
+        """The per-sample weight of the GAN term, of that of the scores' difference: [B]."""
+        return weight
 
     def matching_loss(self, teacher_x0: Tensor, fake_x0: Tensor, x_g: Tensor, weight: Tensor) -> Tensor:
         """What the scores' difference means for the generator: [B]."""

@@ -62,7 +62,7 @@ def _hpsv2(weights: Weights, device: torch.device) -> Scorer:
 
 def _aesthetic(weights: Weights, device: torch.device) -> Scorer:
     head = weights.required("aesthetic", "LAION's aesthetic predictor, sac+logos+ava1-l14-linearMSE.pth")
-    model, file = _model_and_file(weights.of("aesthetic-clip", "openai"), "ViT-L-14")
+    model, file = _model_and_file(weights.of("aesthetic-clip", "openai"), "ViT-L-14-quickgelu")
     return AestheticScore(OpenCLIP(model, file, setting("aesthetic-clip"), device), Path(head))
 
 

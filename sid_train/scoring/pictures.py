@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,11 +24,20 @@ PICTURE_LIMIT = 1 << 28
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder, in the order of their names."""
+    """The pictures in a folder, in the order of their names, of which numbers count as such: 2.png is before 10.png.
+    ValueError where there is none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder of pictures, and there is none of that name")
     files = [file for file in walk(folder, Dropped()) if suffix_of(file) in SUFFIXES]
     if not files:
         raise ValueError(f"{folder}: expected a folder of pictures ({', '.join(sorted(SUFFIXES))}), found none")
-    return files
+    return sorted(files, key=lambda file: _natural(file.relative_to(folder).as_posix()))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A name's digits as numbers, between its other characters."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def read_pictures(files: Sequence[Path], batch: int, told: str) -> Iterator[list[Image.Image]]:

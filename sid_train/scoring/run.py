@@ -16,6 +16,7 @@ from ..evaluation.distances import frechet_distance, precision_recall
 from ..evaluation.intervals import Estimate, bootstrap
 from ..files.atomic import replacing
 from ..models.family import Generator, OpenedModel
+from ..training.distributed import check_processes, is_first_process
 from .metrics import DISTANCES, INCEPTION, SCORES, Weights, make_inception
 from .pictures import claim, made_files, make_pictures, picture_files, read_pictures
 from .sources import Sampling, load_source, open_source
@@ -30,12 +31,14 @@ class Request:
     """What is measured, and how.
 
     prompts: one a picture
+    captions: how many there were, of which ``prompts`` are the first
     metrics: some of ``METRICS``
     reference, teacher: folders of pictures for FID, precision and recall, and for FID-T
     resamples: of the figures of all pictures together, for their intervals; each costs seconds
     """
 
     prompts: list[str]
+    captions: int
     seed: int
     sampling: Sampling
     metrics: tuple[str, ...]
@@ -60,11 +63,17 @@ def evaluate_sources(sources: Sequence[str], request: Request, out: Path, device
 
     Several processes (``accelerate launch``) share the making of pictures; the first measures. The others get [].
     """
-    state = PartialState()
-    device = device if state.num_processes == 1 else state.device
     opened = [open_source(source, request.sampling) for source in sources]
-    if state.is_main_process:
+    for source, model in zip(sources, opened, strict=True):
+        if model is None:
+            _files_for(Path(source), request)
+    for folder in filter(None, (request.reference, request.teacher)):
+        picture_files(folder)
+    if is_first_process():  # the others wait where processes meet first, which may take long
         _require_networks(request)
+    state = PartialState()
+    check_processes(state)
+    device = device if state.num_processes == 1 else state.device
     made = [
         _pictures(source, model, out / _folder(source, place), request, device)
         for place, (source, model) in enumerate(zip(sources, opened, strict=True))
@@ -99,13 +108,7 @@ def _pictures(
     """What a source is, and the pictures of it: those in its own folder, or those that are made."""
     state = PartialState()
     if opened is None:
-        files = picture_files(Path(source))
-        if len(files) < len(request.prompts):
-            raise ValueError(
-                f"{source}: expected {len(request.prompts):,} pictures, one a prompt, found {len(files):,}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        return "pictures", files[: len(request.prompts)]
+        return "pictures", _files_for(Path(source), request)
     model = load_source(opened, request.sampling, device)
     settings: dict[str, object] = {
         "source": model.identity,
@@ -120,6 +123,17 @@ def _pictures(
     state.wait_for_everyone()
     make_pictures(folder, model, request.prompts, request.seed, state.process_index, state.num_processes)
     return model.told, made_files(folder, len(request.prompts))
+
+
+def _files_for(folder: Path, request: Request) -> list[Path]:
+    """The pictures in a folder, one a prompt. ValueError where they cannot be: one more, and all were mistaken."""
+    files = picture_files(folder)
+    if len(files) not in (request.captions, len(request.prompts)):
+        expected = " or ".join(f"{count:,}" for count in sorted({request.captions, len(request.prompts)}))
+        raise ValueError(
+            f"{folder}: expected {expected} pictures, one a caption, in the order of their names, found {len(files):,}"
+        )
+    return files[: len(request.prompts)]
 
 
 class _Measure:
@@ -140,9 +154,10 @@ class _Measure:
 
     def _distances(self, features: Tensor) -> dict[str, Estimate]:
         request, figures = self.request, {}
-        for name, folder in (("fid", request.reference), ("fid-t", request.teacher)):
+        count = len(features)
+        for name, folder, most in (("fid", request.reference, None), ("fid-t", request.teacher, count)):
             if name in request.metrics and folder is not None:
-                other = self._reference(folder)
+                other = self._reference(folder, most)
                 figures[name] = bootstrap(
                     lambda rows, other=other: frechet_distance(features[rows], other), len(features), request.resamples
                 )
@@ -154,8 +169,8 @@ class _Measure:
                 figures[name] = Estimate(value, value, value)
         return figures
 
-    def _reference(self, folder: Path) -> Tensor:
-        return self._features(picture_files(folder), self.out / "compared-with")
+    def _reference(self, folder: Path, most: int | None = None) -> Tensor:
+        return self._features(picture_files(folder)[:most], self.out / "compared-with")
 
     def _features(self, files: list[Path], folder: Path) -> Tensor:
         def compute() -> Tensor:
@@ -178,11 +193,13 @@ class _Measure:
     def _kept(self, name: str, files: list[Path], folder: Path, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` gives, or gave for the same files with the same weights."""
         identity = hashlib.sha256()
-        for file in files:
+        networks = (INCEPTION,) if name == INCEPTION else SCORES[name].networks
+        weights = [self.request.weights.of(network, "") for network in networks]
+        named = (Path(text) for word in weights for text in (word, word.partition(":")[2]))
+        for file in (*files, *(path for path in named if path.is_file())):
             status = file.stat()
             identity.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        networks = (INCEPTION,) if name == INCEPTION else SCORES[name].networks
-        identity.update(repr([self.request.weights.of(network, "") for network in networks]).encode())
+        identity.update(repr(weights).encode())
         if name != INCEPTION:
             identity.update("\n".join(self.request.prompts).encode())
         path = folder / f"{name}-{identity.hexdigest()[:16]}.safetensors"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +105,8 @@ def _of_generator(generator: Generator, sampling: Sampling, device: torch.device
         return sample_latents(denoiser, cond, bundle.latent_shape, recipe, seed, sampling.steps, noise)
 
     told = f"{recipe.title or recipe.default_title}, timesteps {' '.join(map(str, timesteps))}{_guided(cfg)}"
-    # What is under a LoRA, or was when the run was made, and what was distilled: a sharded checkpoint by its age.
-    own = generator.source
-    made = file_sha256(own) if own is not None and own.is_file() else str(dict(recipe.training_summary))
-    return Source(bundle, told, f"{bundle.file_hash} {made}", sample)
+    own = [generator.source] if generator.source is not None else []
+    return Source(bundle, told, _identity([*own, *generator.model.read_from]), sample)
 
 
 def _of_teacher(model: OpenedModel, sampling: Sampling, device: torch.device) -> Source:
@@ -119,7 +118,15 @@ def _of_teacher(model: OpenedModel, sampling: Sampling, device: torch.device) ->
     def sample(cond: Conditioning, noise: Tensor, seed: int) -> Tensor:
         return sample_teacher_latents(bundle, cond, unconditional, noise, steps, cfg)
 
-    return Source(bundle, f"{bundle.name}, DPM-Solver++ (2M), {steps} steps{_guided(cfg)}", bundle.file_hash, sample)
+    told = f"{bundle.name}, DPM-Solver++ (2M), {steps} steps{_guided(cfg)}"
+    return Source(bundle, told, _identity(model.read_from), sample)
+
+
+def _identity(paths: Iterable[Path]) -> str:
+    """SHA-256 of all files that pictures come from: network, text encoders and VAE."""
+    files = {file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])}
+    hashes = sorted(file_sha256(file) for file in files if file.is_file())
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _guided(cfg: float) -> str:

@@ -140,7 +140,7 @@ def _cells() -> Iterator[Cell]:
         own = (f"method.steps={steps}",)
         yield Cell(f"{prefix}dmd2", BASELINES, f"{told}DMD2's loss", (*DMD2, *own))
         gan = (*PAIRED, "gan.generator_weight=3e-3", "gan.discriminator_weight=0.01", LATE)
-        yield Cell(f"{prefix}dmd2-gan", BASELINES, f"{told}DMD2's loss with its GAN weights", (*DMD2, *gan, *own))
+        yield Cell(f"{prefix}dmd2-gan", BASELINES, f"{told}DMD2's loss and GAN weights", (*DMD2, *gan, *own))
         yield Cell(f"{prefix}dmd2-999", BASELINES, f"{told}DMD2's loss, 999", (*DMD2, "method.t_init=999", *own))
     guided = "method.guidance=custom=1,1,1.5"
     yield Cell("lcm", BASELINES, "LCM, no guidance", LCM, sampled=(1, 2, 4, 8))

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from ..demo.report import FIGURES
 from ..files.atomic import replacing, write_text
 from .cells import BASE, BUDGET, CELLS, GUIDANCE, SEEDS, STEPS, TEACHER, TEACHER_CELLS, Cell
-from .run import Results
+from .run import Job, Results
 
 SETS = {"held_out": "held-out", "trained": "trained"}
 CONFIDENCE = 0.95
@@ -45,15 +45,16 @@ class Figure:
 
 
 class Table:
-    """The figures of a study, as its file has them."""
+    """The figures of a study, as its file has them. Those of cells that are others by now are left out."""
 
-    def __init__(self, rows: dict[str, dict[str, Any]]):
-        self.rows = rows
+    def __init__(self, results: Results):
+        cells = {**CELLS, **TEACHER_CELLS}
+        jobs = {name: [Job(cell, s) for s in SEEDS] if name in CELLS else [Job(cell)] for name, cell in cells.items()}
+        self._runs = {name: [row for job in of if (row := results.figures_of(job))] for name, of in jobs.items()}
 
     def runs(self, name: str) -> list[dict[str, Any]]:
         """A cell's results, one a seed."""
-        keys = [name] if name in TEACHER_CELLS else [f"{name}/{seed}" for seed in SEEDS]
-        return [self.rows[key] for key in keys if key in self.rows]
+        return self._runs[name]
 
     def steps(self, name: str) -> list[str]:
         """At which numbers of steps it was measured."""
@@ -70,10 +71,10 @@ class Table:
 
 def write_page(results: Results, page: Path) -> None:
     """Writes ``page`` and, beside it, the plots that it shows."""
-    table = Table(results.rows)
+    table = Table(results)
     plots = page.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
-    shown = [draw(table, plots, page.parent) for draw in (_pareto, _budgets) if table.rows]
+    shown = [draw(table, plots, page.parent) for draw in (_pareto, _budgets)]
     groups: dict[str, list[str]] = {}
     for name, cell in {**CELLS, **TEACHER_CELLS}.items():
         if table.runs(name):

@@ -6,42 +6,44 @@ Each names the iteration, and the snapshot to go back to.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from statistics import fmean, median
 
 import torch
 from torch import Tensor
 
 from ..files.logs import append_log, read_log, rewind_log
+from ..method.base import role_name
 from .callbacks import Callback, Pictures, Run
 
 
 class Band:
-    """The values of a figure so far, and whether another one leaves their band.
+    """The last values of a figure, and whether another one leaves their band.
 
-    above, below: how many times the median of the values so far, and which part of the largest of them
+    What a run grows into slowly is no alarm: where adapters are trained, all networks start alike, and the generator's
+    loss starts at 0.
+
+    above, below: how many times the median of the last values, and which part of the largest of them
     """
 
-    ENOUGH = 5
+    WINDOW = 20
 
-    def __init__(self, above: float = 0.0, below: float = 0.0):
-        self.above, self.below = above, below
-        self.values: list[float] = []
+    def __init__(self, above: float = 0.0, below: float = 0.0, enough: int = 10):
+        self.above, self.below, self.enough = above, below, enough
+        self.values: deque[float] = deque(maxlen=self.WINDOW)
         self.is_out = False
 
     def leaves(self, value: float) -> str:
-        """How ``value`` is out of the band, in words; "" where it is not, and where that was said already. Values that
-        are out are not part of the band.
-        """
+        """How ``value`` is out of the band, in words; "" where it is not, and where the one before was, too."""
         told = ""
-        if len(self.values) >= self.ENOUGH:
+        if len(self.values) >= self.enough:
             usual, most = median(self.values), max(self.values)
-            if self.above and value > self.above * usual:
+            if self.above and usual and value > self.above * usual:
                 told = f"{value:.3g}, {value / usual:.1f} times the usual {usual:.3g}"
             elif self.below and value < self.below * most:
                 told = f"{value:.3g}, {value / most:.2f} of the {most:.3g} that it was"
         was_out, self.is_out = self.is_out, bool(told)
-        if not told:
-            self.values.append(value)
+        self.values.append(value)
         return "" if was_out else told
 
 
@@ -67,28 +69,18 @@ class LossAlarms(Callback):
         rewind_log(run.folder.alarms, run.iteration)
         self.sizes: dict[str, list[float]] = {}
         self.bands: dict[str, Band] = {}
-        for entry in read_log(run.folder.log):  # of a run that is continued
-            if entry["iteration"] <= run.iteration:
-                for name, value in _sizes(entry.get("losses", {}), entry.get("gradient_norms", {})).items():
-                    self._band(name).leaves(value)
 
     def on_iteration(self, run: Run, losses: dict[str, float]) -> None:
-        for name, value in _sizes(losses, run.gradient_norms).items():
+        sizes = {f"the loss {name}": abs(value) for name, value in losses.items()}
+        sizes |= {f"the gradient of the {role_name(role)}": norm for role, norm in run.gradient_norms.items()}
+        for name, value in sizes.items():
             self.sizes.setdefault(name, []).append(value)
         if run.iteration % run.config.training.log_every:
             return
         for name, values in self.sizes.items():
-            if told := self._band(name).leaves(fmean(values)):
+            if told := self.bands.setdefault(name, Band(above=self.ABOVE)).leaves(fmean(values)):
                 tell(run, f"{name} leaves its band: {told}")
         self.sizes = {}
-
-    def _band(self, name: str) -> Band:
-        return self.bands.setdefault(name, Band(above=self.ABOVE))
-
-
-def _sizes(losses: dict[str, float], norms: dict[str, float]) -> dict[str, float]:
-    named = {f"the loss {name}": abs(value) for name, value in losses.items()}
-    return named | {f"the gradient of the {name.replace('_', ' ')}": value for name, value in norms.items()}
 
 
 class PictureAlarms(Pictures):
@@ -102,7 +94,7 @@ class PictureAlarms(Pictures):
         # A few prompts, each with several noises.
         rows = [row for row in range(self.PROMPTS) for _ in range(self.PICTURES // self.PROMPTS)]
         self.cond = self.cond[rows]
-        self.saturation, self.variety = Band(above=self.SATURATED), Band(below=self.ALIKE)
+        self.saturation, self.variety = Band(above=self.SATURATED, enough=3), Band(below=self.ALIKE, enough=3)
         if run.is_main_process:
             rewind_log(run.folder.looks, run.iteration)
             for entry in read_log(run.folder.looks):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
@@ -43,13 +43,13 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
         )
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """ValueError where torchrun started processes that would each train alone."""
+def check_processes(accelerator: Accelerator | PartialState) -> None:
+    """ValueError where torchrun started processes that would each work alone."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes < started:
         raise ValueError(
-            f"torchrun started {started} processes, which would each train alone: accelerate finds no CUDA device for "
-            "them. To train on a CPU, set ACCELERATE_USE_CPU=true"
+            f"torchrun started {started} processes, which would each work alone: accelerate finds no CUDA device for "
+            "them. On a CPU, set ACCELERATE_USE_CPU=true"
         )
 
 

@@ -336,7 +336,15 @@ def test_an_any_step_generator_says_for_which_numbers_of_steps_it_was_trained():
     assert "sid.trained_steps" not in SiDRecipe().to_metadata()
     assert SiDRecipe().is_trained_for(4)
     assert not SiDRecipe().is_trained_for(2)
-    with pytest.raises(RecipeError, match=r"file: sid\.trained_steps: expected 1 to 8, got 9"):
-        SiDRecipe.from_metadata(metadata | {"sid.trained_steps": "4,9"}, "file")
+    assert recipe.description.endswith("It was trained for 1 2 4 steps.")
+    for said, problem in (
+        ("4,9", "steps: expected 1 to 8, got 9"),
+        ("1,2", "expected up to 16 different numbers, 4 among them"),
+        ("4,4", "expected up to 16 different numbers"),
+        (",".join(["4"] * 100_000), "expected up to 16 different numbers"),
+    ):
+        with pytest.raises(RecipeError, match=rf"file: sid\.trained_steps: {problem}") as error:
+            SiDRecipe.from_metadata(metadata | {"sid.trained_steps": said}, "file")
+        assert len(str(error.value)) < 300
     with pytest.raises(RecipeError, match=r"file: sid\.trained_steps: expected integers joined by ',', got 'all'"):
         SiDRecipe.from_metadata(metadata | {"sid.trained_steps": "all"}, "file")

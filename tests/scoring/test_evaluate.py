@@ -13,7 +13,11 @@ from small_sdxl import save_single_file, small_pipeline
 
 from sid_train.cli import main
 from sid_train.config import load_config
+from sid_train.core.noise_schedule import VPSchedule
+from sid_train.evaluation.inception import Inception
 from sid_train.evaluation.intervals import bootstrap
+from sid_train.sample import sample_teacher_latents
+from sid_train.scoring.pictures import picture_files
 from sid_train.training.trainer import Trainer
 
 open_clip = pytest.importorskip("open_clip")
@@ -28,6 +32,7 @@ def folder(tmp_path_factory) -> Path:
     """Captions, a teacher, two runs of it, two folders of pictures, and weights of every network but ImageReward's."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    (folder / "12.txt").write_text("".join(f"picture {place}\n" for place in range(12)))
     teacher = save_single_file(folder / "teacher.safetensors", small_pipeline())
     settings = [f"model.teacher={teacher}", f"data.prompts={folder / 'captions.txt'}", "model.resolution=64"]
     settings += ["training.iterations=1", "training.batch_size=1", "training.tracker=none", "method.steps=2"]
@@ -96,8 +101,7 @@ def figures(out: Path) -> list[dict]:
 def test_fid_is_the_librarys(folder, tmp_path, capsys):
     settings = [*options(folder, "inception"), "--resamples", "2"]
     settings += ["--reference", str(folder / "real"), "--metric", "fid", "--metric", "recall", "--metric", "precision"]
-    (tmp_path / "captions.txt").write_text("a picture\n" * 12)
-    settings[1] = str(tmp_path / "captions.txt")
+    settings[1] = str(folder / "12.txt")
     assert main(["evaluate", str(folder / "made"), *settings, "--out", str(tmp_path / "out")]) == 0
     (ours,) = figures(tmp_path / "out")
     theirs = torch_fidelity.calculate_metrics(
@@ -163,6 +167,55 @@ def test_a_teacher_at_many_steps_and_fid_t(folder, tmp_path):
     assert other["fid-t"]["value"] > 0.01
 
 
+def test_pictures_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("10.png", "9.png", "b2.png", "a10.png", "a9.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [file.name for file in picture_files(tmp_path)] == ["9.png", "10.png", "a9.png", "a10.png", "b2.png"]
+
+
+def test_real_pictures_may_be_of_many_sizes(folder, tmp_path):
+    """COCO's are."""
+    for place, size in enumerate([(64, 48), (64, 48), (40, 64), (64, 64)]):
+        Image.new("RGB", size, (60 * place, 10, 90)).save(tmp_path / f"{place}.png")
+    network = Inception(str(folder / "weights" / "inception.pth"), "--weights inception", torch.device("cpu"))
+    pictures = [Image.open(file) for file in picture_files(tmp_path)]
+    features = network.features(pictures)
+    assert features.shape == (4, 2048)
+    torch.testing.assert_close(features[2:3], network.features(pictures[2:3]), rtol=1e-4, atol=1e-4)
+
+
+def test_other_text_encoders_or_another_vae_are_other_pictures(folder, tmp_path, capsys):
+    """Of a UNet without them."""
+    other = save_single_file(tmp_path / "other.safetensors", small_pipeline(seed=1))
+    unet = tmp_path / "unet.safetensors"
+    assert main(["export", str(folder / "run"), "-o", str(unet), "--format", "unet", "--dtype", "fp32"]) == 0
+    settings = [*options(folder, "clip"), "--count", "2", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(unet), *settings, "--base", str(folder / "teacher.safetensors")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(unet), *settings, "--base", str(other)]) == 2
+    assert "its pictures were made with source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_the_teachers_sampler_ends_at_the_picture_that_the_teacher_sees(steps, zero_snr):
+    """An exact denoiser of one picture."""
+    picture = torch.full((2, 4, 8, 8), 0.7)
+
+    class Bundle:
+        name, zero_terminal_snr = "exact", zero_snr
+
+        class denoiser:
+            schedule = VPSchedule.sdxl(zero_snr)
+
+            def __new__(cls, x, sigma, cond):
+                return picture
+
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = sample_teacher_latents(Bundle(), None, None, noise, steps)
+    torch.testing.assert_close(made, picture, rtol=0, atol=1e-4)
+
+
 def test_a_picture_depends_on_its_place_alone(folder, tmp_path):
     settings = options(folder, "clip")
     for count in (2, 5):
@@ -175,7 +228,8 @@ def test_a_picture_depends_on_its_place_alone(folder, tmp_path):
 
 
 def test_a_protocol_says_what_differs_and_what_others_published(folder, tmp_path):
-    settings = [*options(folder, "clip"), "--protocol", "coco-5k", "--count", "2", "--metric", "clip"]
+    settings = [*options(folder, "clip"), "--protocol", "coco-5k", "--count", "12", "--metric", "clip"]
+    settings[1] = str(folder / "12.txt")
     assert main(["evaluate", str(folder / "made"), *settings, "--out", str(tmp_path)]) == 0
     page = (tmp_path / "evaluation.md").read_text()
     assert "Protocol `coco-5k`" in page
@@ -202,13 +256,22 @@ def test_the_bootstraps_error_is_that_of_a_mean():
         (["{run}", "--captions", "{captions}", "--protocol", "coco"], "--protocol: expected one of coco-30k, coco-5k"),
         (["{run}", "--captions", "{captions}", "--count", "7"], "--count: expected 2 to 6, the captions in"),
         (["{run}", "--captions", "{captions}", "--weights", "vgg=a"], "--weights: expected NAME=FILE, NAME one of"),
-        (["{made}", "--captions", "{captions}", "--metric", "hpsv2"], "--weights hpsv2: expected the file of HPSv2"),
         (
-            ["{made}", "--captions", "{captions}", "--weights", "clip=tiny-stand-in:{none}"],
+            ["{made}", "--captions", "{captions}"],
+            "made: expected 6 pictures, one a caption, in the order of their names",
+        ),
+        (["{run}", "--captions", "{captions}", "--steps", "0"], "--steps: expected 1 or more, got 0"),
+        (
+            ["{run}", "--captions", "{captions}", "--metric", "fid", "--reference", "{none}"],
+            "none.safetensors: expected a folder of pictures, and there is none of that name",
+        ),
+        (["{made}", "--captions", "{many}", "--metric", "hpsv2"], "--weights hpsv2: expected the file of HPSv2"),
+        (
+            ["{made}", "--captions", "{many}", "--weights", "clip=tiny-stand-in:{none}"],
             "cannot be had",
         ),
         (
-            ["{made}", "--captions", "{captions}", "--metric", "image-reward"],
+            ["{made}", "--captions", "{many}", "--metric", "image-reward"],
             "--weights image-reward: needs its authors' package",
         ),
         (["{teacher}", "--captions", "{captions}"], "it carries no recipe and is no run: for a model that is not"),
@@ -218,7 +281,7 @@ def test_the_bootstraps_error_is_that_of_a_mean():
 def test_mistakes(folder, tmp_path, capsys, arguments, message):
     names = {name: folder / name for name in ("run", "made")}
     names |= {"exported": folder / "exported.safetensors", "captions": folder / "captions.txt"}
-    names |= {"teacher": folder / "teacher.safetensors", "none": folder / "none.safetensors"}
+    names |= {"many": folder / "12.txt", "teacher": folder / "teacher.safetensors", "none": folder / "none.safetensors"}
     given = [argument.format(**names) for argument in arguments]
     assert main(["evaluate", *given, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -230,7 +293,7 @@ def test_weights_of_inception_are_not_unpickled(folder, tmp_path, capsys):
     """torch-fidelity reads its file without any care for what is in it."""
     file = tmp_path / "inception.pth"
     file.write_bytes(b"cbuiltins\nexec\n(S'raise SystemExit(7)'\ntR.")
-    settings = [*options(folder), "--reference", str(folder / "real"), "--metric", "fid"]
+    settings = ["--captions", str(folder / "12.txt"), "--reference", str(folder / "real"), "--metric", "fid"]
     given = [str(folder / "made"), *settings, "--weights", f"inception={file}", "--out", str(tmp_path / "out")]
     assert main(["evaluate", *given]) == 2
     assert "--weights inception: the weights" in capsys.readouterr().err

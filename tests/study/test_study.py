@@ -16,15 +16,19 @@ SHORT = ("method.steps=1", "training.batch_size=2", "training.log_every=1")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Two cells, one of which starts from the other, and a row of the teacher."""
+    """Two cells, one of which starts from the other, and a row of the teacher. The one that it starts from is not asked
+    for.
+    """
     out = tmp_path_factory.mktemp("study")
     first = Cell("k1", CELLS["k1"].group, "K = 1", SHORT, budget=0.02)
     second = replace(CELLS["any-step"], settings=(*SHORT, "method.any_steps=1,2"), budget=0.02, sampled=(1, 2))
     second = replace(second, starts_from="k1")
-    jobs = [Job(TEACHER_CELLS["ladder-1"]), Job(second), Job(first)]
-    results = Results(out / "study.json")
-    run_study(jobs, out, results, workers=1)
-    return out, jobs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CELLS, "k1", first)
+        patch.setitem(CELLS, "any-step", second)
+        jobs = [Job(TEACHER_CELLS["ladder-1"]), Job(second)]
+        run_study(jobs, out, Results(out / "study.json"), workers=1)
+        yield out, jobs
 
 
 def test_a_cell_spends_its_network_calls_and_is_measured_at_its_steps(done):
@@ -45,8 +49,26 @@ def test_what_is_done_is_not_done_again(done, capsys):
     out, jobs = done
     before = (out / "study.json").read_bytes()
     run_study(jobs, out, Results(out / "study.json"), workers=1)
-    assert "0 of 3 to run" in capsys.readouterr().out
+    assert "0 of 2 to run" in capsys.readouterr().out
     assert (out / "study.json").read_bytes() == before
+
+
+def test_a_cell_that_was_changed_is_another(done):
+    out, jobs = done
+    results = Results(out / "study.json")
+    assert results.figures_of(jobs[1]) is not None
+    assert results.figures_of(Job(replace(jobs[1].cell, budget=0.03))) is None
+    assert results.figures_of(Job(replace(jobs[1].cell, settings=("method.t_init=999",)))) is None
+    assert results.figures_of(Job(replace(jobs[1].cell, told="in other words"))) is not None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_that_fails_costs_no_other_cell(tmp_path, workers):
+    lost = Cell("lost", CELLS["k1"].group, "has no start", ("model.init_generator=none.safetensors",))
+    results = Results(tmp_path / "study.json")
+    with pytest.raises(ValueError, match=r"1 of the study's jobs failed: lost/0 \(model\.init_generator: none.*tries again"):
+        run_study([Job(lost), Job(TEACHER_CELLS["ladder-1"])], tmp_path, results, workers)
+    assert set(Results(tmp_path / "study.json").rows) == {"ladder-1"}
 
 
 def test_the_page_is_made_of_the_figures_alone(done, tmp_path):

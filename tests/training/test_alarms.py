@@ -34,36 +34,50 @@ class Spoil(Callback):
                     parameter.mul_(self.scale)
 
 
-def test_a_band_is_left_once_and_does_not_take_in_what_is_out():
-    band = Band(above=3, below=0.5)
+def test_a_band_is_left_once():
+    band = Band(above=3, below=0.5, enough=5)
     assert not any(band.leaves(value) for value in (1, 1, 1.2, 0.9, 1))
     assert band.leaves(3.5) == "3.5, 3.5 times the usual 1"
     assert not band.leaves(100)  # said already
-    assert not band.leaves(1)
-    assert band.leaves(100)
-    assert not band.leaves(1)
-    assert band.leaves(0.4) == "0.4, 0.33 of the 1.2 that it was"
-    assert not Band(above=3).leaves(1e9)  # nothing is usual yet
+    assert not band.leaves(60)  # still out
+    assert not band.leaves(2)
+    fresh = Band(below=0.5, enough=2)
+    assert not any(fresh.leaves(value) for value in (1, 1.2))
+    assert fresh.leaves(0.4) == "0.4, 0.33 of the 1.2 that it was"
+    zeros = Band(above=3, enough=1)
+    assert not any(zeros.leaves(value) for value in (0, 0, 1))
+
+
+def test_what_a_run_grows_into_is_no_alarm_and_what_comes_after_it_is():
+    band = Band(above=5)
+    assert not any(band.leaves(1.1**n) for n in range(100))
+    assert band.leaves(8 * 1.1**99)
+    assert not any(band.leaves(8 * 1.1**99) for _ in range(30))
+    assert band.leaves(80 * 1.1**99)
 
 
 def test_a_loss_that_leaves_its_band_names_the_iteration_and_the_snapshot(tmp_path, capsys):
-    """The generator's weights grow fiftyfold after iteration 8."""
-    train(tmp_path, 10, Spoil(8, 50.0), LossAlarms(), snapshot_every=4)
+    """The generator's weights grow fiftyfold after iteration 12."""
+    train(tmp_path, 14, Spoil(12, 50.0), LossAlarms(), snapshot_every=4)
     said = [line for line in capsys.readouterr().err.splitlines() if "leaves its band" in line]
-    assert any(line.startswith("warning: iteration 9: the loss fake_score leaves its band: ") for line in said)
-    assert all("the last snapshot before it is that of iteration 8: export --iteration 8" in line for line in said)
+    assert any(line.startswith("warning: iteration 13: the loss fake_score leaves its band: ") for line in said)
+    assert all("the last snapshot before it is that of iteration 12: export --iteration 12" in line for line in said)
     alarms = read_log(RunFolder(tmp_path).alarms)
-    assert {entry["iteration"] for entry in alarms} <= {9, 10}
+    assert {entry["iteration"] for entry in alarms} <= {13, 14}
     assert len(alarms) == len(said)
 
 
-def test_a_healthy_run_is_silent_and_one_that_is_continued_remembers(tmp_path, capsys):
-    train(tmp_path, 8, LossAlarms())
-    assert "warning" not in capsys.readouterr().err
-    train(tmp_path, 12, Spoil(9, 50.0), LossAlarms())
-    error = capsys.readouterr().err
-    assert "warning: iteration 10: the loss fake_score leaves its band" in error
-    assert "no snapshot from before it is kept (training.snapshot_every)" in error
+def test_a_healthy_run_is_silent_and_repeats_no_alarm_when_it_is_continued(tmp_path, capsys):
+    train(tmp_path, 24, LossAlarms(), log_every=2)
+    assert "warning: iteration" not in capsys.readouterr().err
+    train(tmp_path, 26, LossAlarms(), log_every=2)
+    assert "warning: iteration" not in capsys.readouterr().err
+    assert not read_log(tmp_path / "alarms.jsonl")
+
+
+def test_a_run_without_snapshots_says_that_there_are_none(tmp_path, capsys):
+    train(tmp_path, 14, Spoil(12, 50.0), LossAlarms())
+    assert "no snapshot from before it is kept (training.snapshot_every)" in capsys.readouterr().err
 
 
 def test_pictures_that_lose_their_variety_are_said(tmp_path, capsys):

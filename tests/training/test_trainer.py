@@ -71,7 +71,7 @@ def test_who_asks_again_is_heard_or_not(tmp_path):
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
     """What torchrun sets; without its other variables accelerate does not join the processes, as without CUDA."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torchrun started 2 processes, which would each train alone"):
+    with pytest.raises(ValueError, match="torchrun started 2 processes, which would each work alone"):
         Trainer(small(), tmp_path)
 
 
