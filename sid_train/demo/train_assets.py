@@ -25,7 +25,7 @@ from ..core.noise_schedule import VPSchedule, expand
 from ..files.atomic import replacing
 from ..models.conditioning import Conditioning
 from ..models.digits.data import COLOURS, DIGITS, GROUNDS, SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject, palette
-from ..models.digits.model import ASSETS, PREDICTION_TYPE, DigitCodec, DigitConditioner, build_unet
+from ..models.digits.model import ARCHITECTURE, ASSETS, PREDICTION_TYPE, DigitCodec, DigitConditioner, build_unet
 from ..models.unet import UNetDenoiser
 from .classifier import DigitClassifier
 
@@ -139,7 +139,8 @@ def train_teacher(path: Path, steps: int, batch: int, seed: int) -> None:
         parameter.data.copy_(mean)
     tensors = {f"unet.{k}": v for k, v in teacher.unet.state_dict().items()}
     tensors |= {f"text_encoder.{k}": v for k, v in conditioner.state_dict().items()}
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, {PREDICTION_TYPE: PREDICTS})
+    facts = {"modelspec.architecture": ARCHITECTURE, PREDICTION_TYPE: PREDICTS}
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, facts)
     begun.unlink(missing_ok=True)
 
 

@@ -66,7 +66,9 @@ def test_a_cell_that_was_changed_is_another(done):
 def test_a_cell_that_fails_costs_no_other_cell(tmp_path, workers):
     lost = Cell("lost", CELLS["k1"].group, "has no start", ("model.init_generator=none.safetensors",))
     results = Results(tmp_path / "study.json")
-    with pytest.raises(ValueError, match=r"1 of the study's jobs failed: lost/0 \(model\.init_generator: none.*tries again"):
+    with pytest.raises(
+        ValueError, match=r"1 of the study's jobs failed: lost/0 \(model\.init_generator: none.*tries again"
+    ):
         run_study([Job(lost), Job(TEACHER_CELLS["ladder-1"])], tmp_path, results, workers)
     assert set(Results(tmp_path / "study.json").rows) == {"ladder-1"}
 
