@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,20 @@ def teacher_images(
         rows = slice(start, start + 256)
         parts.append(sample_teacher_latents(bundle, cond[rows], unconditional, noise[rows], steps, scale))
     return bundle.codec.decode(torch.cat(parts)).clamp(-1, 1)
+
+
+@functools.cache
+def evaluator_of(name: str) -> DigitEvaluator:
+    """Of a set of subjects: its reference digits and their features are the same for all pictures."""
+    return DigitEvaluator(evaluation_subjects(name))
+
+
+def measure_sets(name: str, pictures: Callable[[list[str]], Tensor], steps: int, scale: float = 1.0) -> dict[str, Row]:
+    """The figures of what ``pictures`` makes of prompts, for each set of subjects."""
+    return {
+        subjects: evaluator.row(name, pictures([s.prompt for s in evaluator.subjects]), steps, scale)
+        for subjects, evaluator in ((subjects, evaluator_of(subjects)) for subjects in SUBJECT_SETS)
+    }
 
 
 def compute_baselines(bundle: ModelBundle, progress: bool = True) -> dict[str, list[Row]]:

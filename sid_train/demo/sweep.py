@@ -19,19 +19,15 @@ from ..files.logs import append_log
 from ..sample import sample_images
 from ..training.run import RunFolder
 from ..training.trainer import Trainer
-from .baselines import SAMPLING_SEED, SUBJECT_SETS, evaluation_subjects
-from .metrics import DigitEvaluator
+from .baselines import SAMPLING_SEED, measure_sets
 
 
 def measure(folder: RunFolder) -> dict[str, dict]:
     """The figures of a run's generator for each set of subjects."""
     generator = folder.open_generator()
-    bundle, recipe, figures = generator.load(), generator.recipe, {}
-    for name in SUBJECT_SETS:
-        subjects = evaluation_subjects(name)
-        images = sample_images(bundle, recipe, [s.prompt for s in subjects], SAMPLING_SEED)
-        figures[name] = DigitEvaluator(subjects).row("sid", images, recipe.steps).to_dict()
-    return figures
+    bundle, recipe = generator.load(), generator.recipe
+    rows = measure_sets("sid", lambda prompts: sample_images(bundle, recipe, prompts, SAMPLING_SEED), recipe.steps)
+    return {name: row.to_dict() for name, row in rows.items()}
 
 
 def main() -> None:

@@ -230,14 +230,15 @@ class Distiller(Method):
         self._let_fake_score_learn(False)
         x_g = self.rollout(cond, step, rng)
         x_t, sigma, _ = self.perturb(x_g, rng)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
+        through_scores = torch.is_grad_enabled() and self.through_scores
+        with torch.set_grad_enabled(through_scores):
             teacher_x0 = guided_denoise(self.teacher, x_t, sigma, cond, self.unconditional, self.guidance.teacher)
         ask = (self.frozen_fake_score, x_t, sigma, cond, self.unconditional, self.guidance.fake_eval)
         fake_logits = None
         if adversarial:
             fake_x0, fake_logits = guided_denoise_with_logits(*ask)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.through_scores):
+            with torch.set_grad_enabled(through_scores):
                 fake_x0 = guided_denoise(*ask)
         weight = sid_weight(x_g, teacher_x0, sigma, self.method.weighting)
         name, loss = self.title.lower(), self.matching_loss(teacher_x0, fake_x0, x_g, weight).mean()

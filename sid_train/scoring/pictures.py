@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.decode import SUFFIXES, decode_picture
+from ..data.decode import PICTURE_LIMIT, SUFFIXES, decode_picture
 from ..data.entries import Dropped
 from ..data.folders import suffix_of, walk
 from ..files.atomic import replacing, write_text
@@ -20,7 +20,6 @@ from ..files.reading import read_bytes, read_json, reading, shown
 from .sources import Source
 
 SETTINGS = "made-with.json"
-PICTURE_LIMIT = 1 << 28
 
 
 def picture_files(folder: Path) -> list[Path]:
@@ -40,14 +39,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def read_picture(file: Path) -> Image.Image:
+    """In RGB; ValueError names a file that is none."""
+    with reading(file, "a readable picture"):
+        return decode_picture(read_bytes(file, PICTURE_LIMIT))
+
+
 def read_pictures(files: Sequence[Path], batch: int, told: str) -> Iterator[list[Image.Image]]:
-    """RGB pictures in batches; ValueError names a file that is none."""
+    """Pictures in batches, as ``read_picture`` gives them."""
     for start in tqdm(range(0, len(files), batch), desc=told, leave=False, disable=None):
-        pictures = []
-        for file in files[start : start + batch]:
-            with reading(file, "a readable picture"):
-                pictures.append(decode_picture(read_bytes(file, PICTURE_LIMIT)))
-        yield pictures
+        yield [read_picture(file) for file in files[start : start + batch]]
 
 
 def make_pictures(

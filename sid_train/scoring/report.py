@@ -11,12 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.decode import decode_picture
 from ..evaluation.intervals import Estimate
 from ..files.atomic import replacing, write_text
-from ..files.reading import read_bytes
 from .metrics import DISTANCES, SCORES
-from .pictures import PICTURE_LIMIT
+from .pictures import read_picture
 from .protocols import PUBLISHED, Protocol
 from .run import Evaluated
 
@@ -81,6 +79,6 @@ def _grid(found: Sequence[Evaluated]) -> Image.Image:
     canvas = Image.new("RGB", (columns * CELL, len(found) * CELL), "white")
     for row, evaluated in enumerate(found):
         for column in range(columns):
-            picture = decode_picture(read_bytes(evaluated.files[column], PICTURE_LIMIT))
-            canvas.paste(picture.resize((CELL, CELL)), (column * CELL, row * CELL))
+            picture = read_picture(evaluated.files[column]).resize((CELL, CELL))
+            canvas.paste(picture, (column * CELL, row * CELL))
     return canvas

@@ -159,13 +159,12 @@ class _Measure:
             if name in request.metrics and folder is not None:
                 other = self._reference(folder, most)
                 figures[name] = bootstrap(
-                    lambda rows, other=other: frechet_distance(features[rows], other), len(features), request.resamples
+                    lambda rows, other=other: frechet_distance(features[rows], other), count, request.resamples
                 )
         if request.reference is not None and {"precision", "recall"} & set(request.metrics):
             other = self._reference(request.reference)
-            for place, name in enumerate(("precision", "recall")):
+            for name, value in zip(("precision", "recall"), precision_recall(other, features), strict=True):
                 # Repeated pictures would be their own neighbours: the interval is not estimated.
-                value = precision_recall(other, features)[place]
                 figures[name] = Estimate(value, value, value)
         return figures
 

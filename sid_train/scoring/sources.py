@@ -85,6 +85,8 @@ def open_source(source: str, sampling: Sampling) -> Generator | OpenedModel | No
             f"{source}: it carries no recipe and is no run: for a model that is not distilled say --steps and --cfg, "
             "such as 30 and 6"
         )
+    if not 1 <= sampling.steps <= 1000:
+        raise ValueError(f"--steps: expected 1 to 1,000 of DPM-Solver++, got {sampling.steps}")
     return open_model(source, sampling.resolution)
 
 

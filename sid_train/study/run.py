@@ -17,9 +17,8 @@ import torch
 
 from ..config import Config, load_config
 from ..core.recipe import SiDRecipe
-from ..demo.baselines import SAMPLING_SEED, SUBJECT_SETS, cache_key, evaluation_subjects, teacher_images
+from ..demo.baselines import SAMPLING_SEED, cache_key, measure_sets, teacher_images
 from ..demo.calls import calls_an_iteration
-from ..demo.metrics import DigitEvaluator
 from ..demo.report import FIGURES
 from ..errors import NonFiniteError
 from ..files.atomic import write_text
@@ -225,9 +224,5 @@ def _measure_teacher(cell: TeacherCell) -> dict[str, Any]:
 
 def _figures(pictures: Callable[[list[str]], torch.Tensor], steps: int, scale: float = 1.0) -> dict[str, Any]:
     """The demo's figures of what ``pictures`` makes of prompts, for each set of them."""
-    figures = {}
-    for name in SUBJECT_SETS:
-        subjects = evaluation_subjects(name)
-        row = DigitEvaluator(subjects).row("", pictures([s.prompt for s in subjects]), steps, scale).to_dict()
-        figures[name] = {key: round(value, 4) for key, value in row.items() if key in FIGURES}
-    return figures
+    rows = measure_sets("", pictures, steps, scale)
+    return {name: {key: round(getattr(row, key), 4) for key in FIGURES} for name, row in rows.items()}

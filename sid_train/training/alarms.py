@@ -86,14 +86,11 @@ class LossAlarms(Callback):
 class PictureAlarms(Pictures):
     """The averaged generator's pictures: whether they become more saturated, and those of one prompt more alike."""
 
-    PROMPTS = 4
+    NOISES = 8
     SATURATED, ALIKE = 1.5, 0.5
 
     def on_start(self, run: Run) -> None:
         super().on_start(run)
-        # A few prompts, each with several noises.
-        rows = [row for row in range(self.PROMPTS) for _ in range(self.PICTURES // self.PROMPTS)]
-        self.cond = self.cond[rows]
         self.saturation, self.variety = Band(above=self.SATURATED, enough=3), Band(below=self.ALIKE, enough=3)
         if run.is_main_process:
             rewind_log(run.folder.looks, run.iteration)
@@ -102,7 +99,7 @@ class PictureAlarms(Pictures):
                 self.variety.leaves(entry["variety"])
 
     def show(self, run: Run, images: Tensor) -> None:
-        looks = {"saturation": saturation(images), "variety": variety(images, self.PROMPTS)}
+        looks = {"saturation": saturation(images), "variety": variety(images, self.NOISES)}
         append_log(run.folder.looks, {"iteration": run.iteration, **looks})
         run.track(looks)
         if told := self.saturation.leaves(looks["saturation"]):
@@ -119,11 +116,10 @@ def saturation(images: Tensor) -> float:
     return float((pixels.amax(1) - pixels.amin(1)).mean())
 
 
-def variety(images: Tensor, prompts: int) -> float:
-    """Mean distance of two pictures of one prompt, of images [prompts * n, 3, H, W] in the order of their prompts: the
-    root of the mean square over pixels.
+def variety(images: Tensor, n: int) -> float:
+    """Mean distance of two of the ``n`` pictures of a prompt, of images [prompts * n, 3, H, W] in the order of their
+    prompts: the root of the mean square over pixels.
     """
-    grouped = images.clamp(-1, 1).reshape(prompts, len(images) // prompts, -1).float()
+    grouped = images.clamp(-1, 1).reshape(len(images) // n, n, -1).float()
     distances = torch.cdist(grouped, grouped) / grouped.shape[-1] ** 0.5
-    n = distances.shape[1]
-    return float(distances.sum() / (prompts * n * (n - 1)))
+    return float(distances.sum() / (len(grouped) * n * (n - 1)))

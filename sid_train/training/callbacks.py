@@ -122,6 +122,8 @@ class Pictures(Callback):
     """Pictures of the averaged generator for prompts spread evenly over the run's own, always with the same noise."""
 
     PICTURES = 32
+    NOISES = 1
+    """Pictures of each prompt."""
     SEED = 0
     every_rank = True
 
@@ -129,7 +131,8 @@ class Pictures(Callback):
         self.every = every
 
     def on_start(self, run: Run) -> None:
-        rows = torch.linspace(0, len(run.prompts.prompts) - 1, self.PICTURES).long().tolist()
+        spread = torch.linspace(0, len(run.prompts.prompts) - 1, self.PICTURES // self.NOISES).long()
+        rows = spread.repeat_interleave(self.NOISES).tolist()
         self.prompts = [run.prompts.prompts[row] for row in rows]
         self.cond = run.prompts.read(rows)
 
