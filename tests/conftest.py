@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sid_train.models.unet import UNetDenoiser
 
 sys.path.append(str(Path(__file__).parent))  # for small_sdxl
 torch.set_num_threads(1)  # the networks here are too small to share
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 
 
 @dataclass

@@ -26,7 +26,7 @@ def start(out) -> subprocess.Popen:
     settings = [part for setting in SHORT for part in ("--set", setting)]
     return subprocess.Popen(
         [sys.executable, "-m", "sid_train", "demo", "--steps", "1", "--seed", "3", "--out", str(out), *settings],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

@@ -6,12 +6,23 @@ from dataclasses import replace
 import pytest
 
 from sid_train.cli import main
+from sid_train.demo import baselines
 from sid_train.demo.report import FIGURES
 from sid_train.study.cells import CELLS, TEACHER_CELLS, Cell
 from sid_train.study.page import Figure, write_page
 from sid_train.study.run import Job, Results, cell_config, run_study
 
 SHORT = ("method.steps=1", "training.batch_size=2", "training.log_every=1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """A row's figures of 256 pictures instead of 2,048, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "IMAGES", 256)
+        baselines.evaluator_of.cache_clear()
+        yield
+    baselines.evaluator_of.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +73,21 @@ def test_a_cell_that_was_changed_is_another(done):
     assert results.figures_of(Job(replace(jobs[1].cell, told="in other words"))) is not None
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_cell_that_fails_costs_no_other_cell(tmp_path, workers):
+def test_a_cell_that_fails_costs_no_other_cell(tmp_path):
     lost = Cell("lost", CELLS["k1"].group, "has no start", ("model.init_generator=none.safetensors",))
     results = Results(tmp_path / "study.json")
     with pytest.raises(
         ValueError, match=r"1 of the study's jobs failed: lost/0 \(model\.init_generator: none.*tries again"
     ):
-        run_study([Job(lost), Job(TEACHER_CELLS["ladder-1"])], tmp_path, results, workers)
+        run_study([Job(lost), Job(TEACHER_CELLS["ladder-1"])], tmp_path, results, workers=1)
     assert set(Results(tmp_path / "study.json").rows) == {"ladder-1"}
+
+
+def test_processes_tell_of_every_cell(tmp_path):
+    """Two that cannot start: one that ends well takes each process half a minute to measure."""
+    cells = [Cell(name, CELLS["k1"].group, "", ("model.init_generator=none.safetensors",)) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"2 of the study's jobs failed: (?=.*a/0 \(model).*b/0 \(model"):
+        run_study([Job(cell) for cell in cells], tmp_path, Results(tmp_path / "study.json"), workers=2)
 
 
 def test_the_page_is_made_of_the_figures_alone(done, tmp_path):
