@@ -14,11 +14,17 @@ from scipy.stats import t as student
 from ..demo.report import FIGURES
 from ..files.atomic import replacing, write_text
 from .cells import BASE, BUDGET, CELLS, GUIDANCE, SEEDS, STEPS, TEACHER, TEACHER_CELLS, Cell
+from .claims import CLAIMS, Claim
 from .run import Job, Results
 
 SETS = {"held_out": "held-out", "trained": "trained"}
 CONFIDENCE = 0.95
 PAGE, FIGURES_FILE = "docs/study.md", "docs/study.json"
+CLAIMED = (
+    "A claim says that one row is better than another. What is found is the mean of their differences, seed by seed, "
+    f"with its {CONFIDENCE:.0%} interval: better or worse where the interval leaves out 0. Where two are not told "
+    "apart, three seeds are too few to say that they differ."
+)
 
 
 class Figure:
@@ -40,7 +46,7 @@ class Figure:
         return float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(self.values) / math.sqrt(n)
 
     def text(self, form: str) -> str:
-        interval = f" ± {self.half_width:{form}}" if len(self.values) > 1 else ""
+        interval = f" ± {self.half_width:{form.lstrip('+')}}" if len(self.values) > 1 else ""
         return f"{self.mean:{form}}{interval}"
 
 
@@ -50,11 +56,13 @@ class Table:
     def __init__(self, results: Results):
         cells = {**CELLS, **TEACHER_CELLS}
         jobs = {name: [Job(cell, s) for s in SEEDS] if name in CELLS else [Job(cell)] for name, cell in cells.items()}
-        self._runs = {name: [row for job in of if (row := results.figures_of(job))] for name, of in jobs.items()}
+        self._runs = {
+            name: {job.seed: row for job in of if (row := results.figures_of(job))} for name, of in jobs.items()
+        }
 
     def runs(self, name: str) -> list[dict[str, Any]]:
         """A cell's results, one a seed."""
-        return self._runs[name]
+        return list(self._runs[name].values())
 
     def steps(self, name: str) -> list[str]:
         """At which numbers of steps it was measured."""
@@ -63,6 +71,18 @@ class Table:
 
     def figure(self, name: str, steps: str, prompts: str, figure: str) -> Figure:
         return Figure([run["figures"][steps][prompts][figure] for run in self.runs(name)])
+
+    def difference(self, claim: Claim, prompts: str) -> Figure | None:
+        """Of a claim's rows, by seed; the teacher's row is beside each. None where one of them is missing."""
+
+        def values(name: str, steps: int) -> dict[int, float]:
+            return {seed: run["figures"][str(steps)][prompts][claim.figure] for seed, run in self._runs[name].items()}
+
+        better, worse = values(*claim.better), values(*claim.worse)
+        if claim.worse[0] in TEACHER_CELLS and worse:
+            worse = dict.fromkeys(better, worse[0])
+        seeds = better.keys() & worse.keys()
+        return Figure([better[seed] - worse[seed] for seed in sorted(seeds)]) if seeds else None
 
     def fact(self, name: str, fact: str) -> Figure | None:
         values = [run[fact] for run in self.runs(name) if run.get(fact) is not None]
@@ -79,7 +99,7 @@ def write_page(results: Results, page: Path) -> None:
     for name, cell in {**CELLS, **TEACHER_CELLS}.items():
         if table.runs(name):
             groups.setdefault(cell.group, []).append(name)
-    lines = [*_introduction(), *(f"![{alt}]({path})\n" for alt, path in shown)]
+    lines = [*_introduction(), *_claims(table), *(f"![{alt}]({path})\n" for alt, path in shown)]
     for group, names in groups.items():
         own = ["k4"] if group not in (STEPS, TEACHER) and table.runs("k4") else []
         lines += [f"## {group}\n", *_markdown(table, [*own, *names]), ""]
@@ -97,8 +117,33 @@ def _introduction() -> list[str]:
         f"{', '.join(map(str, SEEDS))}, with the {CONFIDENCE:.0%} interval of the mean by Student's t. Two figures in "
         "a cell are for held-out / trained prompts. This command makes a row again, given its name:",
     ]
-    paragraphs = [f"{textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)}\n" for text in told]
+    paragraphs = [f"{_filled(text)}\n" for text in told]
     return ["# The study\n", *paragraphs, "```\npython -m sid_train study --only NAME --out DIR\n```\n"]
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _claims(table: Table) -> list[str]:
+    """The claims, and what the differences of their rows say."""
+    lines = [
+        "## What is claimed, and what is found\n",
+        f"{_filled(CLAIMED)}\n",
+        "| claim | of | rows | figure | held-out | | trained | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for claim in CLAIMS:
+        title, _, form = FIGURES[claim.figure]
+        cells = []
+        for prompts in SETS:
+            found = table.difference(claim, prompts)
+            if found is not None and len(found.values) > 1:
+                cells += [found.text("+" + form), claim.verdict(found.mean, found.half_width)]
+        if cells:
+            rows = " against ".join(f"`{name}`, K = {steps}" for name, steps in (claim.better, claim.worse))
+            lines.append(f"| {claim.told} | {claim.source} | {rows} | {title} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _markdown(table: Table, names: Iterable[str]) -> list[str]:

@@ -24,6 +24,7 @@ from ..errors import NonFiniteError
 from ..files.atomic import write_text
 from ..files.reading import read_json, reading, shown
 from ..models.bundle import ModelBundle
+from ..models.digits.data import RealDigits
 from ..models.families import export_generator, load_generator, load_model
 from ..models.family import ExportOptions
 from ..sample import sample_images
@@ -176,6 +177,8 @@ def _distil(cell: Cell, seed: int, out: Path) -> dict[str, Any]:
     iterations = max(1, round(cell.budget * BUDGET / calls))
     began = time.monotonic()
     trainer = Trainer(cell_config(cell, seed, out, iterations), file.parent / "run")
+    if cell.pairs_of != "teacher":
+        trainer.passes.pairs.real = RealDigits(cell.pairs_of)
     continued = trainer.iteration > 0
     trainer.run()
     seconds = time.monotonic() - began

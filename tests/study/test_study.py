@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,9 @@ from sid_train.cli import main
 from sid_train.demo import baselines
 from sid_train.demo.report import FIGURES
 from sid_train.study.cells import CELLS, TEACHER_CELLS, Cell
-from sid_train.study.page import Figure, write_page
-from sid_train.study.run import Job, Results, cell_config, run_study
+from sid_train.study.claims import CLAIMS, Claim
+from sid_train.study.page import SETS, Figure, Table, write_page
+from sid_train.study.run import Job, Results, cell_config, identity_of, run_study
 
 SHORT = ("method.steps=1", "training.batch_size=2", "training.log_every=1")
 
@@ -32,7 +34,7 @@ def done(tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("study")
     first = Cell("k1", CELLS["k1"].group, "K = 1", SHORT, budget=0.02)
-    second = replace(CELLS["any-step"], settings=(*SHORT, "method.any_steps=1,2"), budget=0.02, sampled=(1, 2))
+    second = replace(CELLS["any-step"], settings=(*SHORT, "method.any_steps=1,4"), budget=0.02, sampled=(1, 4))
     second = replace(second, starts_from="k1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CELLS, "k1", first)
@@ -48,9 +50,9 @@ def test_a_cell_spends_its_network_calls_and_is_measured_at_its_steps(done):
     assert set(rows) == {"any-step/0", "k1/0", "ladder-1"}
     # Two updates of the fake score, of two calls each, and one of the generator, of three.
     assert (rows["k1/0"]["calls_an_iteration"], rows["k1/0"]["iterations"]) == (7, 4)
-    # On average over 1, 2 and their steps the chain has 1.25 calls.
-    assert rows["any-step/0"]["calls_an_iteration"] == pytest.approx(7 + 3 * 0.25)
-    assert set(rows["any-step/0"]["figures"]) == {"1", "2"}
+    # On average over 1, 4 and their steps the chain has 1.75 calls.
+    assert rows["any-step/0"]["calls_an_iteration"] == pytest.approx(7 + 3 * 0.75)
+    assert set(rows["any-step/0"]["figures"]) == {"1", "4"}
     for row in rows.values():
         for sets in row["figures"].values():
             assert all(set(figures) == set(FIGURES) for figures in sets.values())
@@ -109,6 +111,41 @@ def test_figures_of_another_teacher_are_not_mixed(tmp_path):
     path.write_text(json.dumps({"made_with": {"teacher": "another"}, "rows": {}}))
     with pytest.raises(ValueError, match=r"study\.json: its figures are of another teacher, classifier or budget"):
         Results(path)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.told)
+def test_a_claim_is_of_rows_that_there_are(claim):
+    cells = {**CELLS, **TEACHER_CELLS}
+    for name, steps in (claim.better, claim.worse):
+        cell = cells[name]
+        own = (cell.steps,) if name in TEACHER_CELLS else cell.sampled
+        assert steps in (own or (cell_config(replace(cell, starts_from=""), 0, Path()).method.steps,))
+
+
+def test_what_is_found_of_a_claim():
+    lower, higher = Claim("", "", ("a", 1), ("b", 1)), Claim("", "", ("a", 1), ("b", 1), "recall")
+    assert [lower.verdict(-0.2, 0.1), lower.verdict(0.2, 0.1), lower.verdict(0.2, 0.3)] == [
+        "better",
+        "worse",
+        "not told apart",
+    ]
+    assert [higher.verdict(-0.2, 0.1), higher.verdict(0.2, 0.1)] == ["worse", "better"]
+
+
+def test_differences_are_of_the_same_seed(tmp_path):
+    """And of the teacher's one row beside every seed."""
+    results = Results(tmp_path / "study.json")
+    frechet = {"k4": {0: 1.0, 1: 2.0}, "dmd2": {1: 2.5, 0: 1.25, 2: 9.0}}
+    for name, by_seed in frechet.items():
+        for seed, value in by_seed.items():
+            figures = {"4": {prompts: dict.fromkeys(FIGURES, value) for prompts in SETS}}
+            results.add(f"{name}/{seed}", {"cell": identity_of(CELLS[name]), "figures": figures})
+    row = {"30": {prompts: dict.fromkeys(FIGURES, 0.5) for prompts in SETS}}
+    results.add("teacher-30-1", {"cell": identity_of(TEACHER_CELLS["teacher-30-1"]), "figures": row})
+    table = Table(results)
+    assert table.difference(Claim("", "", ("k4", 4), ("dmd2", 4)), "trained").values == [-0.25, -0.5]
+    assert table.difference(Claim("", "", ("k4", 4), ("teacher-30-1", 30)), "trained").values == [0.5, 1.5]
+    assert table.difference(Claim("", "", ("k4", 4), ("final", 4)), "trained") is None
 
 
 def test_intervals_are_those_of_students_t():
