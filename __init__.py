@@ -3,6 +3,7 @@
 import sys
 
 if __package__ and "comfy" in sys.modules:
+    from .nodes.digits import SiDDemoModel
     from .nodes.guidance import SiDDistillationGuidance, SiDGuidance
     from .nodes.loaders import SiDCheckpointLoader, SiDDiffusionModelLoader, SiDLoRALoader
     from .nodes.recipe import SiDRecipeInfo, SiDRecipeOverride
@@ -11,6 +12,7 @@ if __package__ and "comfy" in sys.modules:
     from .nodes.version import log_if_below_floor
 
     NODE_CLASS_MAPPINGS = {
+        "SiDDemoModel": SiDDemoModel,
         "SiDCheckpointLoader": SiDCheckpointLoader,
         "SiDDiffusionModelLoader": SiDDiffusionModelLoader,
         "SiDLoRALoader": SiDLoRALoader,

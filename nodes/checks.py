@@ -14,7 +14,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sid_train.core.architectures import SDXL, STABLE_DIFFUSION, Architecture
+from ..sid_train.core.architectures import SAMPLED, SDXL, Architecture
 from ..sid_train.core.recipe import SiDRecipe
 from ..sid_train.files.reading import half_character, shown
 from ..sid_train.method.guidance import GuidanceStrategy
@@ -146,7 +146,7 @@ def check_conditioning(name: str, value: Any, declared: Any) -> None:
                 raise _wrong(name, f"CONDITIONING with {what} of {axes} axes", tensor, cure)
             if tensor.numel() == 0:
                 raise _wrong(name, f"CONDITIONING with {what} that is not empty", tensor, cure)
-        of_width = [known for known in STABLE_DIFFUSION.values() if known.text_width == text.shape[-1]]
+        of_width = [known for known in SAMPLED.values() if known.text_width == text.shape[-1]]
         check_prompt(name, [entry], of_width[0] if of_width else SDXL)
         if not _is_finite(text) or (_reads_pooled(text) and not _is_finite(pooled)):
             raise ValueError(
@@ -156,7 +156,7 @@ def check_conditioning(name: str, value: Any, declared: Any) -> None:
 
 
 def _reads_pooled(text: Tensor) -> bool:
-    return text.shape[-1] == SDXL.text_width
+    return any(known.pooled_width for known in SAMPLED.values() if known.text_width == text.shape[-1])
 
 
 def check_prompt(name: str, conditioning: Any, architecture: Architecture) -> None:

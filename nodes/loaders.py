@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import comfy.lora
 import comfy.lora_convert
 import comfy.sd
@@ -10,7 +12,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..sid_train.core.architectures import STABLE_DIFFUSION
+from ..sid_train.core.architectures import SAMPLED, STABLE_DIFFUSION, Architecture
 from ..sid_train.core.published import preset_of_file, require_no_guidance_embedding
 from ..sid_train.core.recipe import (
     PRESETS,
@@ -61,7 +63,9 @@ def _recipe_output() -> io.Custom.Output:
     )
 
 
-def read_recipe(path: str, header: Header, choice: str) -> tuple[SiDRecipe, str, list[str]]:
+def read_recipe(
+    path: str, header: Header, choice: str, sampled: Mapping[str, Architecture] = STABLE_DIFFUSION
+) -> tuple[SiDRecipe, str, list[str]]:
     """How a file is sampled: its own recipe or a preset; which of them it is, in the words of the input; and what the
     user should be told.
 
@@ -89,7 +93,7 @@ def read_recipe(path: str, header: Header, choice: str) -> tuple[SiDRecipe, str,
             f"'recipe' to {or_auto}what it was distilled as: {', '.join(PRESETS)}."
         )
     recipe = SiDRecipe.from_metadata(metadata, path)
-    if split_architecture(recipe.architecture)[0] not in STABLE_DIFFUSION:
+    if split_architecture(recipe.architecture)[0] not in sampled:
         raise ValueError(
             f"{path}: expected a recipe for SD 1.x, 2.x or SDXL, got {shown(recipe.architecture, 100)}. "
             "These nodes sample no other models; run them with 'python -m sid_train sample'."
@@ -403,7 +407,7 @@ class SiDLoRALoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = full_path("loras", lora_name)
         header = read_header(path, path)
-        how, chosen, messages = read_recipe(path, header, recipe)
+        how, chosen, messages = read_recipe(path, header, recipe, SAMPLED)
         model, how, more = fit_recipe(model, how, chosen, path, header, is_lora=True)
         patched, clip, told = apply_lora(model, clip, path, header, strength, allow_partial)
         warn(cls, messages + more + told)

@@ -7,9 +7,10 @@ import dataclasses
 import comfy.model_base
 import comfy.model_sampling
 
-from ..sid_train.core.architectures import SD1, SD2, SDXL, STABLE_DIFFUSION, Architecture
+from ..sid_train.core.architectures import DIGITS, SAMPLED, SD1, SD2, SDXL, Architecture
 from ..sid_train.core.noise_schedule import X0
 from ..sid_train.core.recipe import SiDRecipe, split_architecture
+from .digits import DigitsNetwork
 
 # What ComfyUI calls other samplings of networks of these classes, and what they are.
 PARAMETRISATIONS = {
@@ -23,6 +24,8 @@ def _architecture_of(network, source: str) -> Architecture:
     """Of ComfyUI's BaseModel; ValueError for a model of another class. source: whose it is."""
     if isinstance(network, comfy.model_base.SDXL):
         return SDXL
+    if isinstance(network, DigitsNetwork):
+        return DIGITS
     found = type(network).__name__
     if found == "BaseModel":  # SD 1.x and 2.x have no class of their own
         width = network.model_config.unet_config.get("context_dim")
@@ -101,7 +104,7 @@ def check_model(model, recipe: SiDRecipe, source: str, is_file: bool = False) ->
     sampling = model.get_model_object("model_sampling")
     architecture, predicts = check_network(model.model, sampling, source, is_file)
     people = architecture.people
-    wanted = STABLE_DIFFUSION.get(split_architecture(recipe.architecture)[0])
+    wanted = SAMPLED.get(split_architecture(recipe.architecture)[0])
     if wanted is not architecture:
         raise ValueError(
             f"{source}: its recipe is for {wanted.people if wanted else recipe.architecture}, but the model is one of "

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sid_train.core.noise_schedule import VPSchedule
 from sid_train.models.conditioning import Conditioning
-from sid_train.models.digits.model import DigitConditioner, build_unet
+from sid_train.models.digits.layout import DigitConditioner
+from sid_train.models.digits.model import build_unet
 from sid_train.models.unet import UNetDenoiser
 
 sys.path.append(str(Path(__file__).parent))  # for small_sdxl

@@ -26,7 +26,8 @@ from sid_train.method.methods import METHODS
 from sid_train.method.sid import Distiller
 from sid_train.models.bundle import ModelBundle
 from sid_train.models.denoiser import Denoiser
-from sid_train.models.digits.model import LATENT_SHAPE, DigitCodec, DigitConditioner, build_unet
+from sid_train.models.digits.layout import LATENT_SHAPE, DigitCodec, DigitConditioner
+from sid_train.models.digits.model import build_unet
 from sid_train.models.families import FAMILIES
 from sid_train.models.family import ModelFamily, OpenedModel
 from sid_train.models.unet import UNetDenoiser

@@ -11,7 +11,7 @@ from ..data.prompts import load_captions
 from ..demo.report import format_table
 from ..demo.run import evaluate_generator
 from ..files.tensors import DTYPES
-from ..models.digits.model import ARCHITECTURE
+from ..models.digits.layout import ARCHITECTURE
 from ..models.families import open_generator
 from ..scoring.metrics import METRICS, NETWORKS, Weights
 from ..scoring.protocols import PROTOCOLS

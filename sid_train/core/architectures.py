@@ -63,3 +63,7 @@ SD2 = Architecture(
 )
 STABLE_DIFFUSION = {architecture.name: architecture for architecture in (SD1, SD2, SDXL)}
 """By name."""
+_DEMO = Variant(16, "sid-demo-digits", "")
+DIGITS = Architecture("sid-demo-digits", "the demo's digits", "SiD demo digits", 64, 64, "", _DEMO, _DEMO)
+SAMPLED = STABLE_DIFFUSION | {DIGITS.name: DIGITS}
+"""What the nodes sample. The demo's model is in no file that other tools know."""

@@ -16,7 +16,7 @@ from ..files.atomic import write_text
 from ..files.hashing import file_sha256
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject
-from ..models.digits.model import ASSETS, TEACHER_FILE
+from ..models.digits.layout import ASSETS, TEACHER_FILE
 from ..models.families import load_model
 from ..sample import TEACHER_STEPS, sample_teacher_latents
 from .metrics import CLASSIFIER_FILE, REFERENCE_SEED, DigitEvaluator, Row

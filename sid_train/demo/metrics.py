@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..evaluation.distances import diagonal_energy, frechet_distance, precision_recall
 from ..models.digits.data import RealDigits, Subject
-from ..models.digits.model import ASSETS
+from ..models.digits.layout import ASSETS
 from .classifier import DigitClassifier
 
 CLASSIFIER_FILE = ASSETS / "classifier.safetensors"

@@ -23,7 +23,7 @@ from ..files.logs import append_log, rewind_log
 from ..files.reading import read_json, reading
 from ..models.bundle import ModelBundle
 from ..models.digits.data import HELD_OUT_SUBJECTS, TRAINING_SUBJECTS, Subject
-from ..models.digits.model import ARCHITECTURE
+from ..models.digits.layout import ARCHITECTURE
 from ..models.families import export_generator, load_generator, load_model, open_generator
 from ..models.family import ExportOptions
 from ..sample import sample_images

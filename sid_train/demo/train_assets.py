@@ -25,7 +25,8 @@ from ..core.noise_schedule import VPSchedule, expand
 from ..files.atomic import replacing
 from ..models.conditioning import Conditioning
 from ..models.digits.data import COLOURS, DIGITS, GROUNDS, SUBJECTS, TRAINING_SUBJECTS, RealDigits, Subject, palette
-from ..models.digits.model import ARCHITECTURE, ASSETS, PREDICTION_TYPE, DigitCodec, DigitConditioner, build_unet
+from ..models.digits.layout import ARCHITECTURE, ASSETS, PREDICTION_TYPE, DigitCodec, DigitConditioner
+from ..models.digits.model import build_unet
 from ..models.unet import UNetDenoiser
 from .classifier import DigitClassifier
 

@@ -22,7 +22,7 @@ from sid_train.data.rows import load_prompt_table
 from sid_train.files.locks import lock_folder
 from sid_train.files.logs import read_log
 from sid_train.models.digits.data import COLOURS, TRAINING_SUBJECTS
-from sid_train.models.digits.model import ARCHITECTURE, TEACHER_FILE
+from sid_train.models.digits.layout import ARCHITECTURE, TEACHER_FILE
 from sid_train.models.families import load_model
 from sid_train.training.callbacks import Grids
 from sid_train.training.run import RunFolder

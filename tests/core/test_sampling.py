@@ -16,7 +16,7 @@ from sid_train.core.sampling import (
     seeded_noise,
 )
 from sid_train.core.timesteps import check_timesteps, last_timesteps, timestep_ladder
-from sid_train.models.digits.model import LATENT_SHAPE
+from sid_train.models.digits.layout import LATENT_SHAPE
 
 
 @pytest.mark.parametrize("steps", range(1, 9))

@@ -24,7 +24,7 @@ from sid_train.method.config import GANConfig, MethodConfig
 from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import Conditioning
 from sid_train.models.digits.data import COLOURS, DIGITS, TRAINING_SUBJECTS
-from sid_train.models.digits.model import DigitCodec, DigitConditioner
+from sid_train.models.digits.layout import DigitCodec, DigitConditioner
 from sid_train.models.families import load_model
 
 TEXTS = ["a red cat, asleep", "  a dog ", "", "a red cat, asleep", "ein Käfer", " "]

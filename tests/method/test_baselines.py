@@ -14,7 +14,7 @@ from sid_train.method.lcm import ConsistencyDistiller
 from sid_train.method.losses import pseudo_huber_loss
 from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import RealBatch
-from sid_train.models.digits.model import LATENT_SHAPE
+from sid_train.models.digits.layout import LATENT_SHAPE
 from sid_train.training.run import RunFolder
 from sid_train.training.trainer import Trainer
 

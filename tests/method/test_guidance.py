@@ -7,7 +7,7 @@ from sid_train.method.config import GANConfig, MethodConfig
 from sid_train.method.guidance import GuidanceStrategy
 from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import RealBatch
-from sid_train.models.digits.model import LATENT_SHAPE
+from sid_train.models.digits.layout import LATENT_SHAPE
 from sid_train.models.guided import guided_denoise, guided_denoise_with_logits
 
 STRATEGIES = ["none", "lsg=1.5", "zero-cfg", "anti-cfg=-1", "custom=1,0,2"]

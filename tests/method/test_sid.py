@@ -8,7 +8,7 @@ from sid_train.core.rng import BatchRNG
 from sid_train.method.config import GANConfig, MethodConfig
 from sid_train.method.sid import Distiller
 from sid_train.models.conditioning import RealBatch
-from sid_train.models.digits.model import LATENT_SHAPE
+from sid_train.models.digits.layout import LATENT_SHAPE
 
 
 @pytest.fixture

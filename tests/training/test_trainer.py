@@ -16,7 +16,7 @@ from sid_train.files.logs import read_log
 from sid_train.files.tensors import LazyTensor, open_tensors, write_tensors
 from sid_train.method.base import Method, Update
 from sid_train.method.methods import METHODS
-from sid_train.models.digits.model import TEACHER_FILE
+from sid_train.models.digits.layout import TEACHER_FILE
 from sid_train.models.families import export_generator, load_model
 from sid_train.models.family import ExportOptions
 from sid_train.training.callbacks import Callback, Grids

@@ -6,48 +6,48 @@ SDXL's noise schedule; the text conditioner and the latent codec have the interf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from einops import rearrange
-from torch import Tensor, nn
-from torch.nn import Embedding
+from torch import nn
 
 from ...core.noise_schedule import PREDICTION_TYPES, VPSchedule
 from ...core.recipe import SiDRecipe, has_recipe
 from ...files.header import read_safetensors_metadata
 from ...files.tensors import LazyTensor, open_tensors
+from ..adapters import Adapter
 from ..bundle import ModelBundle
-from ..conditioning import Conditioning
 from ..family import OpenedModel, Tensors
+from ..lora import is_kohya, kohya_names, modules_of, read_lora
 from ..unet import UNetDenoiser
 from ..weights import require_tensors
-from .data import COLOURS, DIGITS, GROUNDS, IMAGE_SIZE
+from .data import IMAGE_SIZE
+from .layout import (
+    ARCHITECTURE,
+    GROUPS,
+    LATENT_SHAPE,
+    PREDICTION_TYPE,
+    TEACHER_FILE,
+    TEXT,
+    TEXT_WIDTH,
+    TIME_ID_WIDTH,
+    WIDTHS,
+    DigitCodec,
+    DigitConditioner,
+)
 
-ASSETS = Path(__file__).parent / "assets"
-TEACHER_FILE = ASSETS / "teacher.safetensors"
-ARCHITECTURE = "sid-demo-digits"
-TEXT = "text_encoder."  # before the conditioner's tensors in a file
-PREDICTION_TYPE = "prediction_type"
-"""Of a teacher, in its file's header; a generator's recipe says its own."""
 LICENCE = "Apache-2.0 (trained on CC BY 4.0 data: UCI Optical Recognition of Handwritten Digits)"
-LATENT_SHAPE = (12, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
-MAX_TOKENS = 8
-TEXT_WIDTH = 64
-VOCABULARY = ("<pad>", "a", "on", "ground", *DIGITS, *COLOURS, *GROUNDS)
 
 
 def build_unet() -> UNet2DConditionModel:
     """The demo's UNet, randomly initialised: 2.6M parameters."""
-    time_embedding = 8  # a time id; SDXL has 256
     return UNet2DConditionModel(
         sample_size=LATENT_SHAPE[-1],
         in_channels=LATENT_SHAPE[0],
         out_channels=LATENT_SHAPE[0],
-        block_out_channels=(64, 96),
+        block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -55,87 +55,11 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=(2, 4),
         cross_attention_dim=TEXT_WIDTH,
         use_linear_projection=True,
-        norm_num_groups=16,
+        norm_num_groups=GROUPS,
         addition_embed_type="text_time",
-        addition_time_embed_dim=time_embedding,
-        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * time_embedding,
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * TIME_ID_WIDTH,
     )
-
-
-class DigitConditioner(nn.Module):
-    """Words and positions as fixed random vectors: enough text encoder for a vocabulary of two dozen words."""
-
-    max_tokens = MAX_TOKENS  # more are refused, not cut
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = Embedding(len(VOCABULARY), TEXT_WIDTH)
-        self.positions = Embedding(MAX_TOKENS, TEXT_WIDTH)
-        self.requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        tokens = torch.tensor([self._tokenize(p) for p in prompts], device=self.words.weight.device)
-        text = self.words(tokens) + self.positions.weight
-        pooled = text.mean(dim=1) * MAX_TOKENS**0.5
-        size = float(IMAGE_SIZE)
-        time_ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=text.device).repeat(len(prompts), 1)
-        return Conditioning(text=text, pooled=pooled, time_ids=time_ids)
-
-    def chunks(self, prompts: Sequence[str]) -> list[int]:
-        return [1] * len(prompts)
-
-    def unload(self) -> None:
-        """There is nothing to be had back."""
-
-    @staticmethod
-    def _tokenize(prompt: str) -> list[int]:
-        words = prompt.lower().split()
-        unknown = [w for w in words if w not in VOCABULARY[1:]]
-        if unknown or len(words) > MAX_TOKENS:
-            raise ValueError(
-                f"prompt {prompt!r}: the demo model reads at most {MAX_TOKENS} words such as "
-                f"'a red three on a blue ground'"
-                + (f" and does not know {', '.join(map(repr, unknown))}" if unknown else "")
-                + f". It knows: {', '.join(VOCABULARY[1:])}."
-            )
-        return [VOCABULARY.index(w) for w in words] + [0] * (MAX_TOKENS - len(words))
-
-
-class DigitCodec:
-    """16x16 RGB images <-> 12x8x8 latents: an orthonormal Haar transform, its bands brought to about unit variance.
-
-    SDXL's VAE does the same for its latents with one factor, 0.13025. The factors are one over the standard deviations
-    of 3,000 real images (1.0, 0.21, 0.17), halved for the diagonal band (0.053), which is nearly empty.
-    """
-
-    MEAN = -0.5  # of the low-pass band
-    SCALE = (1.0, 5.0, 5.0, 10.0)
-    HAAR = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, 16, 16] in [-1, 1] -> latents [B, 12, 8, 8]."""
-        haar, scale = self._bands(images)
-        pixels = rearrange(images, "b c (h p) (w q) -> b c (p q) h w", p=2, q=2)
-        bands = torch.einsum("kp,bcphw->bckhw", haar, pixels)
-        bands[:, :, 0] -= self.MEAN
-        return rearrange(bands * scale, "b c k h w -> b (c k) h w")
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 12, 8, 8] -> images [B, 3, 16, 16], not clamped."""
-        haar, scale = self._bands(latents)
-        bands = rearrange(latents, "b (c k) h w -> b c k h w", k=4) / scale
-        bands[:, :, 0] += self.MEAN
-        pixels = torch.einsum("kp,bckhw->bcphw", haar, bands)
-        return rearrange(pixels, "b c (p q) h w -> b c (h p) (w q)", p=2, q=2)
-
-    def to(self, device: torch.device) -> DigitCodec:
-        """It works wherever its input is."""
-        return self
-
-    def _bands(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        haar = torch.tensor(self.HAAR, dtype=like.dtype, device=like.device) / 2
-        return haar, torch.tensor(self.SCALE, dtype=like.dtype, device=like.device)[:, None, None]
 
 
 @dataclass(kw_only=True)
@@ -146,6 +70,12 @@ class DigitsModel(OpenedModel):
 
     name: str = "SiD demo digits"
     prediction_type: str = "epsilon"
+
+    def is_lora(self, path: Path) -> bool:
+        return is_kohya(path)
+
+    def read_lora(self, path: Path) -> Adapter:
+        return read_lora(path, self.tensors, kohya_modules(self.tensors))
 
     def load(self, dtype: torch.dtype | None, resolution: int = 0) -> ModelBundle:
         """As ``OpenedModel.load``; the network is so small that it is read in any case, and its pictures have one
@@ -170,6 +100,11 @@ class DigitsModel(OpenedModel):
             weights=self.weights,
             licence=LICENCE,
         )
+
+
+def kohya_modules(unet: Tensors) -> dict[str, str]:
+    """``{diffusers' name: kohya's name}``, as for SD 1.x."""
+    return kohya_names({name: name for name in modules_of(unet)})
 
 
 def open_digits(path: Path = TEACHER_FILE) -> DigitsModel:

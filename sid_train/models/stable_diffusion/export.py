@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from ...core.noise_schedule import X0
-from ...core.recipe import LORA_SUFFIX, SiDRecipe, has_recipe, split_architecture
+from ...core.recipe import SiDRecipe, has_recipe, split_architecture
 from ...files.atomic import replacing_folder
 from ...files.hashing import file_sha256
 from ...files.header import read_safetensors_metadata
 from ...files.pickles import is_pickle
-from ...files.tensors import DTYPES, LazyTensor, open_tensors, write_tensors
-from ..adapters import Adapter
+from ...files.tensors import DTYPES, LazyTensor, write_tensors
 from ..family import ExportOptions, Generator, refuse_to_overwrite
+from ..lora import extract_lora, is_kohya, write_lora
 from .keys import UNET, VAE, rename, unet_modules
 from .kinds import SDXL_KIND, kind_named
-from .lora import ALPHA, DOWN, UP, extract_lora, is_kohya, kohya_modules, with_one_alpha
+from .lora import kohya_modules
 from .parts import MARKERS, StableDiffusionParts, load_vae, open_parts, open_pickled_parts, rest_of, vae_tensors
 
 FORMATS = ("checkpoint", "unet", "lora", "diffusers")
@@ -38,7 +38,7 @@ def open_exported(path: Path, recipe: SiDRecipe, base: str | None = None) -> Gen
 
     ``base`` also has text encoders and VAE for a file without them.
     """
-    if is_kohya(open_tensors(path)):
+    if is_kohya(path):
         if base is None:
             raise ValueError(f"{path}: a LoRA needs the model that it belongs on: give it as --base")
         recipe = replace(recipe, architecture=split_architecture(recipe.architecture)[0])
@@ -121,7 +121,8 @@ def export(generator: Generator, path: Path, options: ExportOptions) -> list[str
             if options.base is None:
                 raise ValueError("--base: expected the model that a LoRA is to be extracted against")
             adapter, notes = extract_lora(generator.tensors, options.base.tensors, options.rank, options.energy)
-        export_lora(path, generator, adapter, dtype)
+        parts = parts_of(generator)
+        write_lora(path, generator, adapter, kohya_modules(parts.tensors, parts.unet_config), dtype)
         return notes
     if format_ == "unet":
         export_unet(path, generator, dtype)
@@ -146,32 +147,6 @@ def export_checkpoint(path: Path, generator: Generator, dtype: torch.dtype, vae:
     rest = _rest(generator, dtype, vae)
     tensors = _unet_tensors(generator, dtype, UNET) | rest | _markers(generator)
     write_tensors(path, tensors, generator.metadata())
-
-
-def export_lora(path: Path, generator: Generator, adapter: Adapter, dtype: torch.dtype) -> None:
-    """An adapter with kohya's names, which ComfyUI, diffusers and the web UIs read."""
-    if dtype == torch.float8_e4m3fn:
-        raise ValueError("--dtype: a LoRA is stored in fp16, bf16 or fp32, not fp8")
-    names = kohya_modules(parts_of(generator).tensors, parts_of(generator).unet_config)
-    tensors = {}
-    adapter = with_one_alpha(adapter, dtype)
-    for module, (down, up, alpha) in adapter.items():
-        if up.ndim < down.ndim:  # a convolution's second factor is 1x1
-            up = up.reshape(*up.shape, 1, 1)
-        for end, tensor in ((DOWN, down), (UP, up), (ALPHA, torch.tensor(alpha))):
-            name = names[module] + end
-            tensors[name] = LazyTensor.of(tensor, f"{path.name}: tensor {name}").narrowed(dtype)
-    ranks = sorted({len(down) for down, _, _ in adapter.values()})
-    rank = str(ranks[-1]) if len(ranks) == 1 else "Dynamic"
-    about = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": f"{next(iter(adapter.values()))[2]:g}",
-        "ss_base_model_version": generator.recipe.kohya_version,
-    }
-    metadata = generator.metadata() | about
-    metadata["modelspec.architecture"] += LORA_SUFFIX
-    write_tensors(path, tensors, metadata)
 
 
 def export_diffusers(path: Path, generator: Generator, dtype: torch.dtype, vae: Path | None = None) -> None:

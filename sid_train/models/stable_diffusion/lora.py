@@ -1,27 +1,13 @@
-"""LoRAs of UNets: kohya's files, and the one nearest to the difference of two networks."""
+"""The names of kohya's LoRAs for UNets of Stable Diffusion."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...files.reading import reading, shown
-from ...files.tensors import LazyTensor, open_tensors
-from ..adapters import Adapter
 from ..family import Tensors
-from .keys import invert, rename, unet_modules
-
-UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-
-
-def is_kohya(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a LoRA of a UNet in kohya's form."""
-    return any(name.startswith("lora_unet_") for name in names)
+from ..lora import kohya_names, modules_of
+from .keys import rename, unet_modules
 
 
 def kohya_modules(unet: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
@@ -29,127 +15,6 @@ def kohya_modules(unet: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
 
     kohya's trainers take ldm's names for SDXL, and diffusers' for SD 1.x and 2.x. ComfyUI reads both for each.
     """
-    modules = [name.removesuffix(".weight") for name in unet if name.endswith(".weight")]
+    modules = modules_of(unet)
     is_sdxl = config["addition_embed_type"] is not None
-    names = rename(modules, unet_modules(config)) if is_sdxl else {name: name for name in modules}
-    return {ours: "lora_unet_" + name.replace(".", "_") for ours, name in names.items()}
-
-
-def read_lora(path: Path, unet: Tensors, config: Mapping[str, Any]) -> Adapter:
-    """A kohya LoRA file for ``unet``, by diffusers' module names; ValueError for modules that it does not have, and for
-    factors that do not fit.
-    """
-    with reading(path, "a kohya LoRA"):
-        tensors = open_tensors(path)
-        ours = invert(kohya_modules(unet, config))
-        modules: dict[str, None] = {}
-        for name in tensors:
-            end = next((end for end in (UP, DOWN, ALPHA) if name.endswith(end)), None)
-            module = name.removesuffix(end or "")
-            if end is None or module not in ours:
-                raise ValueError(
-                    f"tensor {shown(name, 120)}: expected a kohya LoRA (lora_unet_...{DOWN}, {UP} and {ALPHA}) of "
-                    "modules of this UNet: other kinds, and LoRAs with text encoders, are not read"
-                )
-            modules[module] = None
-        if not modules:
-            raise ValueError(f"expected tensors such as lora_unet_...{DOWN}, got none")
-        return {ours[module]: _factors_of(tensors, module, unet[f"{ours[module]}.weight"]) for module in modules}
-
-
-def _factors_of(tensors: Tensors, module: str, weight: LazyTensor) -> tuple[Tensor, Tensor, float]:
-    """down, up and alpha of one module; ValueError where they do not make a difference of its ``weight``."""
-    shown_module = shown(module, 120)
-    if missing := [end for end in (DOWN, UP) if module + end not in tensors]:
-        raise ValueError(f"module {shown_module}: {missing[0]} is missing")
-    down, up = (tensors[module + end].load_finite() for end in (DOWN, UP))
-    rank = len(down) if down.ndim else 0
-    fits = down.ndim == len(weight.shape) and tuple(down.shape[1:]) == weight.shape[1:]
-    if not rank or not fits or up.ndim < 2 or tuple(up.flatten(1).shape) != (weight.shape[0], rank):
-        raise ValueError(
-            f"module {shown_module}: expected factors of its weight {list(weight.shape)}, got {list(up.shape)} (up) "
-            f"and {list(down.shape)} (down)"
-        )
-    if module + ALPHA not in tensors:
-        return down, up, float(rank)
-    alpha = tensors[module + ALPHA].load_finite()
-    if alpha.numel() != 1:
-        raise ValueError(f"module {shown_module}: alpha: expected one number, got {alpha.numel()}")
-    return down, up, float(alpha)
-
-
-def with_one_alpha(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The same differences with the same alpha for every module, which ``dtype`` can hold: the factors between go into
-    ``up``. Where alphas differ, as ranks do, diffusers gives attention a scale of its own.
-    """
-    alphas = [alpha for _, _, alpha in adapter.values()]
-    one = max(alphas, key=abs)
-    if float(torch.tensor(one, dtype=dtype)) != one:
-        one = 2.0 ** min(max(math.ceil(math.log2(abs(one))), -14), 15)  # what fp16 has no fewer bits for
-    return {
-        module: (down, up if alpha == one else up.float() * (alpha / one), one)
-        for module, (down, up, alpha) in adapter.items()
-    }
-
-
-def extract_lora(distilled: Tensors, base: Tensors, rank: int = 0, energy: float = 0) -> tuple[Adapter, list[str]]:
-    """The LoRA nearest to ``distilled - base`` in the least-squares sense, and lines that report its error.
-
-    rank: of every module; or energy: the share of each module's squared difference that is to be kept, which then
-    decides its rank. Norms and biases cannot be in a LoRA; the report says how large their part is.
-    """
-    if bool(rank) == bool(energy) or rank < 0 or not 0 <= energy <= 1:
-        raise ValueError(
-            "LoRA extraction: expected --rank (1 or more) or --energy (above 0, at most 1), one of the two"
-        )
-    adapter: Adapter = {}
-    total = lost = left_out = 0.0
-    worst: tuple[float, str] = (0.0, "")
-    for name, tensor in distilled.items():
-        if name not in base or base[name].shape != tensor.shape:
-            raise ValueError(f"LoRA extraction: the base has no tensor {name} of shape {list(tensor.shape)}")
-        difference = tensor.load_finite().float() - base[name].load_finite().float()
-        size = float(difference.double().square().sum())
-        total += size
-        if difference.ndim < 2:
-            left_out += size
-            continue
-        if not size:
-            continue
-        module = name.removesuffix(".weight")
-        down, up, error = _factors(difference, rank, energy)
-        adapter[module] = (down, up, float(len(down)))
-        lost += error
-        worst = max(worst, ((error / size) ** 0.5, module))
-    if not adapter:
-        raise ValueError("LoRA extraction: the distilled UNet equals its base: there is nothing to extract")
-    ranks = [len(down) for down, _, _ in adapter.values()]
-    return adapter, [
-        f"{len(adapter)} modules, rank {min(ranks)} to {max(ranks)}",
-        f"relative error {((lost + left_out) / total) ** 0.5:.4f} (root of the lost share of the squared difference)",
-        f"worst module: {worst[1]}, {worst[0]:.4f}",
-        f"norms and biases, which a LoRA cannot hold: {(left_out / total) ** 0.5:.4f}",
-    ]
-
-
-def _factors(difference: Tensor, rank: int, energy: float) -> tuple[Tensor, Tensor, float]:
-    """down, up and the squared error of the best factorisation.
-
-    The left singular vectors come from the smaller Gram matrix, in fp64: much faster than a singular value
-    decomposition of SDXL's widest matrices, and down = up^T @ difference makes the product an exact projection.
-    """
-    matrix = difference.flatten(1)
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values, vectors = torch.linalg.eigh(wide.double() @ wide.double().T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    if energy:
-        kept = values.cumsum(0) / values.sum()
-        rank = int((kept < energy).sum()) + 1
-    basis = vectors[:, :rank].float()
-    inner = basis.T @ wide
-    if wide is matrix:
-        down, up = inner, basis
-    else:
-        down, up = basis.T, inner.T
-    error = float((up @ down - matrix).double().square().sum())
-    return down.reshape(-1, *difference.shape[1:]).contiguous(), up.contiguous(), error
+    return kohya_names(rename(modules, unet_modules(config)) if is_sdxl else {name: name for name in modules})

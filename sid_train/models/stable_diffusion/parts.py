@@ -22,6 +22,7 @@ from ...files.tensors import LazyTensor, open_tensors
 from ..adapters import Adapter
 from ..bundle import ModelBundle
 from ..family import AUTO, OpenedModel, Tensors
+from ..lora import is_kohya, read_lora
 from ..unet import UNetDenoiser
 from . import statements
 from .folder import (
@@ -40,7 +41,7 @@ from .folder import (
 )
 from .keys import MARKERS, TIME_ID_WIDTH, UNET, VAE
 from .kinds import SD2_KIND, SDXL_KIND, Kind, TextEncoder, kind_of_unet
-from .lora import is_kohya, read_lora
+from .lora import kohya_modules
 from .networks import (
     NOT_READ,
     PROJECTION,
@@ -186,11 +187,10 @@ class StableDiffusionParts(OpenedModel):
             self.load_vae(None)
 
     def is_lora(self, path: Path) -> bool:
-        with reading(path, "a safetensors file"):
-            return is_kohya(open_tensors(path))
+        return is_kohya(path)
 
     def read_lora(self, path: Path) -> Adapter:
-        return read_lora(path, self.tensors, self.unet_config)
+        return read_lora(path, self.tensors, kohya_modules(self.tensors, self.unet_config))
 
 
 def check_resolution(resolution: int) -> None:

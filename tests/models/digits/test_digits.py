@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sid_train.core.rng import BatchRNG
 from sid_train.demo.baselines import CACHE_FILE, cache_key
 from sid_train.demo.metrics import CLASSIFIER_FILE
 from sid_train.files.header import read_safetensors_metadata
+from sid_train.files.tensors import LazyTensor
 from sid_train.models.digits.data import (
     HELD_OUT_SUBJECTS,
     SPLIT_SIZES,
@@ -22,8 +24,8 @@ from sid_train.models.digits.data import (
     RealDigits,
     load_split,
 )
-from sid_train.models.digits.model import TEACHER_FILE, DigitCodec, DigitConditioner
-from sid_train.models.families import export_generator, load_generator, load_model, open_model
+from sid_train.models.digits.layout import TEACHER_FILE, DigitCodec, DigitConditioner
+from sid_train.models.families import export_generator, load_generator, load_model, open_generator, open_model
 from sid_train.models.family import ExportOptions, Generator
 
 
@@ -112,3 +114,36 @@ def test_pairs_belong_together_and_follow_the_generator():
     assert torch.equal(a.latents, b.latents)
     assert torch.equal(a.cond.pooled, b.cond.pooled)
     assert not torch.equal(a.latents, pairs.draw(6, BatchRNG(torch.Generator().manual_seed(2))).latents)
+
+
+def test_a_lora_belongs_on_the_embedded_teacher(tmp_path):
+    """Of a whole generator, and of one that is one: no base is asked for."""
+    teacher = open_model("demo")
+    rng, moved = torch.Generator().manual_seed(0), {}
+    for name, tensor in teacher.tensors.items():
+        weight = tensor.load().float()
+        change = torch.randn(len(weight), 2, generator=rng) @ torch.randn(2, weight[0].numel(), generator=rng)
+        moved[name] = weight + 0.01 * change.reshape(weight.shape) * (weight.ndim > 1)
+    whole = replace(teacher, tensors={name: LazyTensor.of(weight, name) for name, weight in moved.items()})
+    recipe = SiDRecipe(architecture="sid-demo-digits", prediction_type=teacher.prediction_type)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    notes = export_generator(Generator(whole, recipe, whole.tensors), first, ExportOptions("lora", "fp32", rank=2))
+    assert "rank 2 to 2" in notes[0]
+    bundle, read = load_generator(str(first))
+    assert read.architecture == "sid-demo-digits"
+    found = bundle.denoiser.unet.state_dict()
+    for name, weight in moved.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5)
+
+    export_generator(open_generator(str(first)), second, ExportOptions(dtype="fp32"))  # a LoRA again
+    assert load_file(first).keys() == load_file(second).keys()
+    again, _ = load_generator(str(second), str(TEACHER_FILE))
+    torch.testing.assert_close(again.denoiser.unet.state_dict(), found)
+    assert read_safetensors_metadata(second)["modelspec.architecture"] == "sid-demo-digits/lora"
+    for options, message in (
+        (ExportOptions("lora", rank=2), "only for a LoRA that is extracted from a whole UNet"),
+        (ExportOptions("lora", vae=first), "--vae: the format lora holds none"),
+        (ExportOptions("lora", "fp8"), "a LoRA is stored in fp16, bf16 or fp32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_generator(open_generator(str(first)), tmp_path / "third.safetensors", options)

@@ -24,8 +24,9 @@ from sid_train.files.tensors import HASH_KEY, LazyTensor, open_tensors, write_te
 from sid_train.models.adapters import Adapter
 from sid_train.models.families import export_generator, load_generator, open_generator
 from sid_train.models.family import ExportOptions, Generator, merge_lora
+from sid_train.models.lora import extract_lora, with_one_alpha
 from sid_train.models.stable_diffusion.export import convert_unet, open_network
-from sid_train.models.stable_diffusion.lora import extract_lora, kohya_modules, with_one_alpha
+from sid_train.models.stable_diffusion.lora import kohya_modules
 from sid_train.models.stable_diffusion.parts import open_parts
 from sid_train.sample import sample_images
 
