@@ -98,6 +98,13 @@ class OptimizerConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optimizer.{name}: expected 0 or more, got {getattr(self, name)}")
 
+    def rate_factor(self, iteration: int, iterations: int) -> float:
+        """By which the learning rates are multiplied after ``iteration`` of the run's ``iterations``."""
+        factor = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        if self.cooldown:
+            factor *= min(1.0, (iterations - iteration) / (self.cooldown * iterations))
+        return factor
+
 
 @dataclass
 class TrainingConfig:

@@ -19,6 +19,7 @@ from ..config import TrainingConfig
 from ..core.rng import BatchRNG
 from ..models.denoiser import Denoiser
 from .environment import foreign_settings, own_settings
+from .parts import local_part
 
 T = TypeVar("T")
 
@@ -115,12 +116,6 @@ def placement(accelerator: Accelerator, training: TrainingConfig) -> Callable[[D
 def autocast(accelerator: Accelerator, training: TrainingConfig) -> AbstractContextManager:
     """Around forward passes. Sharded networks compute in their own dtype instead."""
     return nullcontext() if is_sharded(accelerator, training) else accelerator.autocast()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def reducing_gradients(accelerator: Accelerator, network: nn.Module, last: bool) -> AbstractContextManager:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..models.denoiser import Denoiser
-from .distributed import local_part
+from .parts import local_part
 
 
 class EMA:

@@ -46,9 +46,10 @@ from .distributed import (
 )
 from .guard import NormGuard
 from .identity import config_of, identity_of, require_identity
+from .passes import RankPasses
 from .run import RunFolder, make_recipe
 from .setup import learning_rate, set_up
-from .update import RankPasses, run_update
+from .update import run_update
 
 
 class Trainer:
@@ -202,10 +203,8 @@ class Trainer:
         return not self._steps or lower
 
     def _set_learning_rates(self) -> None:
-        optimizer, total = self.config.optimizer, self.config.training.iterations
-        factor = min(1.0, (self.iteration + 1) / optimizer.warmup) if optimizer.warmup else 1.0
-        if optimizer.cooldown:
-            factor *= min(1.0, (total - self.iteration) / (optimizer.cooldown * total))
+        optimizer = self.config.optimizer
+        factor = optimizer.rate_factor(self.iteration, self.config.training.iterations)
         for role, adam in self.optimizers.items():
             for group in adam.param_groups:
                 group["lr"] = learning_rate(optimizer, role) * factor

@@ -19,7 +19,8 @@ from sid_train.errors import NonFiniteError
 from sid_train.method.base import Update
 from sid_train.models.families import load_model
 from sid_train.training.callbacks import Callback, Grids
-from sid_train.training.distributed import local_part, reducing_gradients
+from sid_train.training.distributed import reducing_gradients
+from sid_train.training.parts import local_part
 from sid_train.training.trainer import Trainer
 
 FOLDER = Path(sys.argv[1])
