@@ -4,6 +4,7 @@ import sys
 
 if __package__ and "comfy" in sys.modules:
     from .nodes.digits import SiDDemoModel
+    from .nodes.distil import SiDDistill
     from .nodes.guidance import SiDDistillationGuidance, SiDGuidance
     from .nodes.loaders import SiDCheckpointLoader, SiDDiffusionModelLoader, SiDLoRALoader
     from .nodes.recipe import SiDRecipeInfo, SiDRecipeOverride
@@ -21,6 +22,7 @@ if __package__ and "comfy" in sys.modules:
         "SiDSamplerSelect": SiDSamplerSelect,
         "SiDGuidance": SiDGuidance,
         "SiDDistillationGuidance": SiDDistillationGuidance,
+        "SiDDistill": SiDDistill,
         "SiDTrainingRecipe": SiDTrainingRecipe,
         "SiDRecipeInfo": SiDRecipeInfo,
         "SiDRecipeOverride": SiDRecipeOverride,

@@ -127,6 +127,11 @@ def check_clip(name: str, value: Any, declared: Any) -> None:
         raise _wrong(name, "a CLIP", value, "Connect 'CLIP' of a checkpoint loader.")
 
 
+def check_vae(name: str, value: Any, declared: Any) -> None:
+    if not all(hasattr(value, attribute) for attribute in ("decode", "encode")):
+        raise _wrong(name, "a VAE", value, "Connect 'VAE' of a checkpoint loader.")
+
+
 def check_conditioning(name: str, value: Any, declared: Any) -> None:
     """ValueError unless CONDITIONING is as text encoders of SD 1.x, 2.x or SDXL make it. Which of these the model is,
     ``check_prompt`` asks.
@@ -212,6 +217,7 @@ CHECKS: dict[str, Callable[[str, Any, Any], None]] = {
     "COMBO": check_combo,
     "MODEL": check_model_patcher,
     "CLIP": check_clip,
+    "VAE": check_vae,
     "CONDITIONING": check_conditioning,
     "LATENT": check_latent,
     "SID_RECIPE": check_recipe,

@@ -32,6 +32,7 @@ EVERYWHERE = {"nothing": None, "an object": Thing(), "bytes": b"x"}
 WRONG = {
     "MODEL": {"text": "model", "dictionary": {}, "tensor": torch.zeros(1)},
     "CLIP": {"text": "clip", "dictionary": {}, "tensor": torch.zeros(1)},
+    "VAE": {"text": "vae", "dictionary": {}, "tensor": torch.zeros(1)},
     "CONDITIONING": {
         "text": "a cat",
         "empty": [],
@@ -84,7 +85,15 @@ WRONG = {
     "BOOLEAN": {"text": "yes", "number": 2, "NaN": NAN},
 }
 NODES = ("Guidance", "DistillationGuidance", "FewStepSampler", "Scheduler", "SamplerSelect", "RecipeInfo")
-NODES += ("RecipeOverride", "CheckpointLoader", "DiffusionModelLoader", "LoRALoader", "TrainingRecipe")
+NODES += (
+    "RecipeOverride",
+    "CheckpointLoader",
+    "DiffusionModelLoader",
+    "LoRALoader",
+    "TrainingRecipe",
+    "DemoModel",
+    "Distill",
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,7 @@ def right(pack, model, recipes) -> dict:
     return {
         "MODEL": model,
         "CLIP": small_clip("SDXL")[1],
+        "VAE": SimpleNamespace(decode=None, encode=None),
         "CONDITIONING": conditioning(1),
         "LATENT": empty_latent(1, 8),
         "SID_RECIPE": recipes.SiDRecipe(),
