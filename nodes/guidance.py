@@ -155,8 +155,8 @@ class SiDDistillationGuidance(io.ComfyNode):
         return schema(
             node_id="SiDDistillationGuidance",
             display_name="SiD Distillation Guidance",
-            description="The guidance strategy that a model is distilled under, for SiD Training Recipe. It never "
-            "changes how the result is sampled.",
+            description="The guidance strategy that a model is distilled under, for SiD Distill and SiD Training "
+            "Recipe. It never changes how the result is sampled.",
             search_aliases=["lsg", "zero-cfg", "anti-cfg", "long-short guidance", "distillation strategy"],
             inputs=[
                 io.Combo.Input(
@@ -210,7 +210,7 @@ class SiDDistillationGuidance(io.ComfyNode):
                     tooltip="'custom': the teacher's scale in the generator's loss.",
                 ),
             ],
-            outputs=[StrategyType.Output(display_name="strategy", tooltip="For SiD Training Recipe.")],
+            outputs=[StrategyType.Output(display_name="strategy", tooltip="For SiD Distill and SiD Training Recipe.")],
         )
 
     @classmethod

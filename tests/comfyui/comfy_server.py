@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACK_FILES = ("__init__.py", "pyproject.toml", "requirements.txt", "nodes", "sid_train", "workflows")
+PACK_FILES = ("__init__.py", "pyproject.toml", "requirements.txt", "nodes", "sid_train", "workflows", "locales")
 
 
 class Server:
@@ -80,7 +80,7 @@ class Server:
             body = answer.read()
         return json.loads(body) if body else None
 
-    def post(self, path: str, content: dict):
+    def post(self, path: str, content: object):
         request = urllib.request.Request(
             self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"}
         )

@@ -128,3 +128,20 @@ def photograph(page, path: Path) -> None:
     clip = {"x": box["x"] - around, "y": box["y"] - around}
     clip |= {"width": box["width"] + 2 * around, "height": box["height"] + 2 * around}
     page.screenshot(path=str(path), clip=clip)
+
+
+@pytest.mark.parametrize(("language", "title"), [("zh", "SiD 少步采样器"), ("ja", "SiD 少数ステップサンプラー")])
+def test_nodes_have_names_in_other_languages(page, server, language, title):
+    """In the library of nodes, as a user who chose the language sees it."""
+    server.post("/settings/Comfy.Locale", language)
+    try:
+        page.reload()
+        page.wait_for_function(
+            "(title) => window.LiteGraph?.registered_node_types?.SiDFewStepSampler?.title === title",
+            arg=title,
+            timeout=60_000,
+        )
+    finally:
+        server.post("/settings/Comfy.Locale", "en")
+        page.reload()
+        page.wait_for_function("window.LiteGraph?.registered_node_types?.SiDGuidance?.title === 'SiD Guidance'")
