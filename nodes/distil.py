@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import comfy.model_management
-import comfy.sample
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -29,6 +28,7 @@ from .checks import check_prompt, checked
 from .common import RecipeType, StrategyType, read_header, schema, show
 from .loaders import apply_lora
 from .models import check_network, has_zero_terminal_snr
+from .sampling import fitted
 from .start import remember_start
 from .training import check_name
 
@@ -50,7 +50,6 @@ class SiDDistill(io.ComfyNode):
             search_aliases=["distill", "train few-step lora", "score identity distillation", "accelerate model"],
             is_output_node=True,
             is_experimental=True,
-            not_idempotent=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="What to distil: SDXL, SD 1.x, 2.x, or SiD Demo Model."),
@@ -175,8 +174,7 @@ class SiDDistill(io.ComfyNode):
         texts = prompts_of(prompts, architecture)
         encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in [*texts, ""]]
         check_prompt("clip", encoded[0], architecture)
-        fixed = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        latent_shape = tuple(fixed.shape[1:])
+        latent_shape = tuple(fitted(model, latent_image).shape[1:])
 
         with torch.inference_mode(False):
             patcher = trainable(model)
@@ -242,16 +240,27 @@ def trainable(model):
     """
     is_dynamic = getattr(model, "is_dynamic", None)
     patcher = model.clone(disable_dynamic=True) if is_dynamic is not None and is_dynamic() else model.clone()
+    memory = comfy.model_management
+    if patcher.model.get_dtype() == torch.float16 and memory.should_use_bf16(patcher.load_device):
+        patcher.set_model_compute_dtype(torch.bfloat16)  # gradients leave fp16's range
     load(patcher)
     return patcher
 
 
+@torch.no_grad()
 def load(patcher) -> None:
     """Puts it on its device, also after another model took its place there."""
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     for module in patcher.model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
+            if parameter is None:
+                continue
+            if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+                raise ValueError(
+                    "model: its weights are quantized in a way that cannot be trained on: load it with weight_dtype "
+                    "'default', or an fp8 type"
+                )
+            if parameter.is_inference() or parameter.requires_grad:
                 module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_inference():

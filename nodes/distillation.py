@@ -275,7 +275,7 @@ def identity_of(settings: Settings, layers: dict[str, nn.Module], prompts: Seque
     """Of all that a run follows from: the settings, the first row of every weight, and the prompts."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for tensor in [*(layer.weight[0] for layer in layers.values()), *(c.text for c in prompts)]:
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

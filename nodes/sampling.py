@@ -28,6 +28,7 @@ from .start import find_network, find_start
 
 DEFAULT_PRESET = "SiD 625 (4 steps)"
 FROM_RECIPE = "from the recipe"
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in LATENT: for what size it was made
 STARTS = ("auto", "noise", "latent")
 STEPS_TOOLTIP = (
     "Network calls. 0: as many as it was trained for; another number takes the timesteps of its family's rule."
@@ -169,16 +170,11 @@ def make_sampler(recipe: SiDRecipe | None, noise_mode: str, start: str) -> FewSt
     return FewStepSampler(sample_sid)
 
 
-def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[dict, dict]:
-    """What SamplerCustomAdvanced does with RandomNoise: (LATENT, the last x0 as LATENT).
-
-    ValueError for a latent of another model.
-    """
-    model = guider.model_patcher
+def fitted(model, latent: dict) -> Tensor:
+    """The samples of LATENT as MODEL reads them, an empty one's with its channels; ValueError for another model's."""
     # ComfyUI after 0.3.64 also lets an empty latent say what it was made for.
     fix = comfy.sample.fix_empty_latent_channels
-    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-    known = [name for name in ratios if name in inspect.signature(fix).parameters]
+    known = [name for name in RATIOS if name in inspect.signature(fix).parameters]
     image = fix(model, latent["samples"], **{name: latent.get(name) for name in known})
     channels = model.get_model_object("latent_format").latent_channels
     if image.is_nested or image.ndim != 4 or image.shape[1] != channels:
@@ -187,7 +183,17 @@ def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[di
             f"latent_image: expected a latent (batch x {channels} channels x height x width), got {shape}. Use "
             "Empty Latent Image, or VAE Encode with the model's VAE."
         )
-    latent = {k: v for k, v in latent.items() if k not in ratios} | {"samples": image}
+    return image
+
+
+def sample(guider, sampler, sigmas: Tensor, latent: dict, seed: int) -> tuple[dict, dict]:
+    """What SamplerCustomAdvanced does with RandomNoise: (LATENT, the last x0 as LATENT).
+
+    ValueError for a latent of another model.
+    """
+    model = guider.model_patcher
+    image = fitted(model, latent)
+    latent = {k: v for k, v in latent.items() if k not in RATIOS} | {"samples": image}
 
     x0_output: dict[str, Tensor] = {}
     samples = guider.sample(

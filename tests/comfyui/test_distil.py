@@ -163,12 +163,13 @@ def test_the_losses_on_sdxl_are_the_trainers(pack, unet_file, graph, guidance):
     ours.close()
 
 
-def test_a_model_with_a_lora_in_half_precision(nodes, unet_file, lora, put, places):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_a_model_with_a_lora_in_a_small_type(nodes, unet_file, lora, put, places, dtype):
     """What is distilled is the model with what is on it, and it is as it was afterwards."""
     import comfy.sd
 
     with torch.inference_mode():
-        plain = comfy.sd.load_diffusion_model(str(unet_file), model_options={"dtype": torch.float16})
+        plain = comfy.sd.load_diffusion_model(str(unet_file), model_options={"dtype": dtype})
         name = put("loras", "style.safetensors", lora)
         model, _, *_ = run(nodes["SiDLoRALoader"], model=plain, lora_name=name, recipe="LCM (4 steps)")
     before = {key: value.clone() for key, value in plain.model.state_dict().items()}
@@ -184,7 +185,7 @@ def test_a_model_with_a_lora_in_half_precision(nodes, unet_file, lora, put, plac
     assert out.patches.keys() >= model.patches.keys()
     plain.unpatch_model()
     model.unpatch_model()
-    assert all(torch.equal(value, before[key]) for key, value in plain.model.state_dict().items())
+    assert all(torch.equal(v.float(), before[key].float()) for key, v in plain.model.state_dict().items())
 
 
 class FixedClip:
