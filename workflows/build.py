@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from sid_train.core.published import HASHES
 
 HERE = Path(__file__).parent
 CHECKPOINT = "sdxl-sid-4step.safetensors"
@@ -20,6 +23,27 @@ LORA = "sdxl-sid-4step-lora.safetensors"
 CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 PROMPT = "a lighthouse on a cliff at dawn, crashing waves, volumetric light, photograph"
 NEGATIVE = "people, text, blurry"
+DMD2 = "dmd2_sdxl_4step_lora_fp16.safetensors"
+HUB = "https://huggingface.co"
+# Files that anyone may download: ComfyUI offers it where one is missing. Hashes are the hub's own.
+PUBLIC = {
+    BASE: {
+        "name": BASE,
+        "url": f"{HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/{BASE}",
+        "hash": "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b",
+        "hash_type": "SHA256",
+        "directory": "checkpoints",
+    },
+    DMD2: {
+        "name": DMD2,
+        "url": f"{HUB}/tianweiy/DMD2/resolve/main/{DMD2}",
+        "hash": HASHES["tianweiy/DMD2"][DMD2.removesuffix(".safetensors")],
+        "hash_type": "SHA256",
+        "directory": "loras",
+    },
+}
+OURS = {"cnr_id": "sid-few-step", "ver": version("sid-few-step")}
+CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}  # the oldest that the workflows run on
 COLUMN, ROW_GAP = 380, 60
 # Room for a text, a picture or the preview that a sampler shows while it runs.
 EXTRA_HEIGHT = {
@@ -130,6 +154,19 @@ def lora() -> tuple[list[Node], str]:
     return [loader, few, prompt, latent, sampler, *picture(sampler[0], loader[2], 3, "sid_lora")], (
         "# A SiD LoRA on any SDXL checkpoint\n\nAny SDXL checkpoint goes into `models/checkpoints`, the SiD LoRA "
         f"({LORA} stands for it) into `models/loras`. The LoRA's recipe says how to sample the two together."
+    )
+
+
+def dmd2() -> tuple[list[Node], str]:
+    loader = Node("CheckpointLoaderSimple", 0, ckpt_name=BASE)
+    few = Node("SiDLoRALoader", 1, model=loader[0], lora_name=DMD2)
+    prompt = Node("CLIPTextEncode", 1, "Prompt", text=PROMPT, clip=loader[1])
+    latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
+    sampler = Node("SiDFewStepSampler", 2, model=few[0], positive=prompt[0], latent_image=latent[0], recipe=few[1])
+    return [loader, few, prompt, latent, sampler, *picture(sampler[0], loader[2], 3, "dmd2")], (
+        "# SDXL in four steps, with public files\n\nComfyUI offers to download what is missing: SDXL's base "
+        "checkpoint (6.9 GB) and DMD2's LoRA (0.8 GB).\n\nThe LoRA does not say how it is to be sampled. The loader "
+        "knows it by its content or its name, and says so: 999 749 499 249, as it was trained."
     )
 
 
@@ -278,6 +315,7 @@ WORKFLOWS = {
     "text_to_image_custom_sampling": custom_sampling,
     "diffusion_model_and_recipe": diffusion_model,
     "lora_on_any_checkpoint": lora,
+    "dmd2_with_public_files": dmd2,
     "image_to_image": image_to_image,
     "inpainting": inpainting,
     "controlnet": controlnet,
@@ -299,6 +337,13 @@ def default_of(spec: list) -> Any:
         return options["default"]
     choices = kind if isinstance(kind, list) else options.get("options", [])
     return choices[0] if choices else ""
+
+
+def properties(node: Node, definition: dict) -> dict[str, Any]:
+    """What ComfyUI finds a missing node, or a missing file, by."""
+    is_ours = definition["python_module"].startswith("custom_nodes.")
+    files = [PUBLIC[value] for value in node.inputs.values() if isinstance(value, str) and value in PUBLIC]
+    return {"Node name for S&R": node.kind, **(OURS if is_ours else CORE), **({"models": files} if files else {})}
 
 
 def build(nodes: list[Node], note: str, definitions: dict) -> tuple[dict, dict]:
@@ -349,7 +394,7 @@ def build(nodes: list[Node], note: str, definitions: dict) -> tuple[dict, dict]:
                     {"name": name, "type": kind, "links": []}
                     for name, kind in zip(definition["output_name"], definition["output"], strict=True)
                 ],
-                "properties": {"Node name for S&R": node.kind},
+                "properties": properties(node, definition),
                 "widgets_values": widgets,
             }
         )

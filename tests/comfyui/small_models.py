@@ -178,6 +178,7 @@ def make_models(base: Path, recipe: dict[str, str]) -> None:
     (models / "checkpoints" / "sd_xl_base_1.0.safetensors").hardlink_to(checkpoint)
     save(models / "diffusion_models" / "sdxl-sid-4step-unet.safetensors", unet, recipe)
     save(models / "loras" / "sdxl-sid-4step-lora.safetensors", lora_tensors(unet), recipe)
+    save(models / "loras" / "dmd2_sdxl_4step_lora_fp16.safetensors", lora_tensors(unet))  # says nothing of itself
     save(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors", controlnet_tensors())
     ramp = torch.linspace(0, 255, 128).byte().expand(128, 128)
     mask = (ramp > 127) * torch.tensor(255, dtype=torch.uint8)  # LoadImage paints where alpha is 0: the left half

@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 import urllib.request
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def api(name: str) -> dict:
 
 
 def test_all_workflows_are_there():
-    assert len(NAMES) == 11
+    assert len(NAMES) == 12
     assert sorted(p.stem for p in (WORKFLOWS / "api").glob("*.json")) == NAMES
     for name in NAMES:
         assert Image.open(WORKFLOWS / f"{name}.jpg").size[0] >= 256
@@ -136,3 +137,23 @@ def test_error_reaches_the_user(server):
             node["inputs"]["guidance"] = "cfg"
     with pytest.raises(RuntimeError, match="SiDFewStepSampler: guidance 'cfg': expected a negative prompt"):
         server.run(prompt)
+
+
+def test_workflows_say_where_nodes_and_public_files_come_from():
+    """So that ComfyUI offers to install the one and to download the other."""
+    ours, public = set(), {}
+    for name in NAMES:
+        for node in json.loads((WORKFLOWS / f"{name}.json").read_text())["nodes"]:
+            if node["type"] == "MarkdownNote":
+                continue
+            facts = node["properties"]
+            assert (facts["cnr_id"] == "sid-few-step") == node["type"].startswith("SiD")
+            ours |= {facts["ver"]} if node["type"].startswith("SiD") else set()
+            public |= {file["name"]: file for file in facts.get("models", [])}
+            assert all(file["name"] in node["widgets_values"] for file in facts.get("models", []))
+    assert ours == {version("sid-few-step")}
+    assert set(public) == {"sd_xl_base_1.0.safetensors", "dmd2_sdxl_4step_lora_fp16.safetensors"}
+    for name, file in public.items():
+        assert file["url"].startswith("https://huggingface.co/")
+        assert file["url"].endswith(f"/{name}")
+        assert re.fullmatch("[0-9a-f]{64}", file["hash"])
