@@ -11,6 +11,7 @@ if __package__ and "comfy" in sys.modules:
     from .nodes.sampling import SiDFewStepSampler, SiDSamplerSelect, SiDScheduler
     from .nodes.training import SiDTrainingRecipe
     from .nodes.version import log_if_below_floor
+    from .nodes.watch import SiDRun
 
     NODE_CLASS_MAPPINGS = {
         "SiDDemoModel": SiDDemoModel,
@@ -24,6 +25,7 @@ if __package__ and "comfy" in sys.modules:
         "SiDDistillationGuidance": SiDDistillationGuidance,
         "SiDDistill": SiDDistill,
         "SiDTrainingRecipe": SiDTrainingRecipe,
+        "SiDRun": SiDRun,
         "SiDRecipeInfo": SiDRecipeInfo,
         "SiDRecipeOverride": SiDRecipeOverride,
     }

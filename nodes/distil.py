@@ -210,7 +210,7 @@ class SiDDistill(io.ComfyNode):
             finally:
                 run.close()
         recipe = _recipe(settings, schedule, architecture, latent_shape, texts, name)
-        path = _free_name(name, settings)
+        path = free_name("loras", f"{name}-sid-{steps}step")
         _write(path, tensors, recipe, settings)
         state.unlink(missing_ok=True)
         patched, _, _ = apply_lora(model, None, str(path), read_header(str(path), str(path)), 1.0, False)
@@ -379,11 +379,11 @@ def _write(path: Path, tensors: dict[str, Tensor], recipe: SiDRecipe, settings) 
     write_tensors(path, {name: LazyTensor.of(tensor, name) for name, tensor in tensors.items()}, metadata)
 
 
-def _free_name(name: str, settings) -> Path:
-    """In the first folder for LoRAs: one that is not taken."""
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
+def free_name(kind: str, name: str) -> Path:
+    """In ComfyUI's first folder of that kind: one that is not taken."""
+    folder = Path(folder_paths.get_folder_paths(kind)[0])
     number = 1
-    while (path := folder / f"{name}-sid-{settings.steps}step-{number:03d}.safetensors").exists():
+    while (path := folder / f"{name}-{number:03d}.safetensors").exists():
         number += 1
     return path
 

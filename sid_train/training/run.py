@@ -15,11 +15,9 @@ from filelock import FileLock
 from ..config import Config, config_from_dict, config_sections, read_toml
 from ..core.recipe import SiDRecipe, TrainingGuidance
 from ..core.timesteps import timestep_ladder
-from ..evaluation.metric import CLIP_SCORE
 from ..files.atomic import remove_leftovers, sync_folder, write_text
 from ..files.hashing import file_sha256
 from ..files.locks import lock_folder
-from ..files.logs import read_log
 from ..files.reading import read_json
 from ..files.tensors import DamagedFile
 from ..method.methods import METHODS
@@ -29,22 +27,18 @@ from ..models.family import Generator
 from ..models.networks import AVERAGE
 from .checkpoint import open_network, read_facts, read_network, verify_checkpoint
 from .identity import changes, config_of, forbidden_changes, require_same_teacher
+from .layout import RunLayout
 from .teacher import open_teacher
 
 
-class RunFolder:
+class RunFolder(RunLayout):
     """The folder of one run: names, configuration, checkpoints, snapshots, logs and the generator that it trained."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config_file = path / "config.toml"
-        self.log = path / "log.jsonl"
-        self.alarms = path / "alarms.jsonl"
-        self.looks = path / "looks.jsonl"
+        super().__init__(path)
         self._teacher = path / "teacher.json"
         self._checkpoint = path / "checkpoint.safetensors"  # the last one; those before it are in the folder
         self._checkpoint_folder = path / "checkpoints"  # with training.sharding all of them, a folder each
-        self._snapshots = path / "snapshots"
         self._set_aside = path / "set-aside"
 
     # -- configuration -------------------------------------------------------------------------------------------
@@ -119,7 +113,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Removes what killed processes left half written; for whoever holds the lock."""
-        for folder in (self.path, self._checkpoint_folder, self._snapshots, self.path / "grids"):
+        for folder in (self.path, self._checkpoint_folder, self.snapshot_folder, self.path / "grids"):
             remove_leftovers(folder)
 
     # -- the teacher ---------------------------------------------------------------------------------------------
@@ -149,7 +143,7 @@ class RunFolder:
 
     def kept(self) -> list[Path]:
         """All checkpoints and snapshots, files or folders."""
-        return self.checkpoints() + sorted(self._snapshots.glob("[0-9]*"))
+        return self.checkpoints() + sorted(self.snapshot_folder.glob("[0-9]*"))
 
     def last_checkpoint(self) -> Path | None:
         """The newest; None if there is none yet."""
@@ -214,31 +208,8 @@ class RunFolder:
 
     def snapshot(self, iteration: int, sharded: bool) -> Path:
         """Where the averaged generator of an iteration is kept: a file, or a folder of a sharded run."""
-        folder = self._snapshots / f"{iteration:07d}"
+        folder = self.snapshot_folder / f"{iteration:07d}"
         return folder if sharded else folder.with_suffix(".safetensors")
-
-    def snapshots(self) -> list[int]:
-        """The iterations of which the averaged generator is kept."""
-        return sorted(int(path.name.partition(".")[0]) for path in self._snapshots.glob("[0-9]*"))
-
-    def best_snapshot(self) -> int:
-        """The iteration of the snapshot with the highest CLIP score; 0 where none was scored, so that the last
-        checkpoint is the best that is known.
-        """
-        scores = read_log(self.scores(CLIP_SCORE))
-        return int(max(scores, key=lambda entry: entry[CLIP_SCORE])["iteration"]) if scores else 0
-
-    def scores(self, metric: str) -> Path:
-        """The log of a metric of the snapshots' pictures."""
-        return self.path / ("clip.jsonl" if metric == CLIP_SCORE else f"scores-{metric}.jsonl")
-
-    def grid(self, iteration: int) -> Path:
-        return self.path / "grids" / f"{iteration:06d}.png"
-
-    def newest_grid(self, iteration: int) -> Path | None:
-        """The last grid up to ``iteration``: of that generator, or of the one that it was shortly before."""
-        grids = (path for path in self.grid(0).parent.glob("*.png") if path.stem.isdecimal())
-        return max((path for path in grids if int(path.stem) <= iteration), key=lambda p: int(p.stem), default=None)
 
     # -- the generator -------------------------------------------------------------------------------------------
 

@@ -85,15 +85,8 @@ WRONG = {
     "BOOLEAN": {"text": "yes", "number": 2, "NaN": NAN},
 }
 NODES = ("Guidance", "DistillationGuidance", "FewStepSampler", "Scheduler", "SamplerSelect", "RecipeInfo")
-NODES += (
-    "RecipeOverride",
-    "CheckpointLoader",
-    "DiffusionModelLoader",
-    "LoRALoader",
-    "TrainingRecipe",
-    "DemoModel",
-    "Distill",
-)
+NODES += ("RecipeOverride", "CheckpointLoader", "DiffusionModelLoader", "LoRALoader", "TrainingRecipe")
+NODES += ("DemoModel", "Distill", "Run")
 
 
 @pytest.fixture(scope="module")

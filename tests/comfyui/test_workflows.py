@@ -73,7 +73,7 @@ def test_both_text_to_image_workflows_give_the_same_picture(server):
 
 def test_every_node_has_a_help_page_and_tooltips(server):
     info = {k: v for k, v in server.get("/object_info").items() if k.startswith("SiD")}
-    assert len(info) == 13
+    assert len(info) == 14
     for name, node in info.items():
         assert node["category"] == "SiD"
         assert node["display_name"].startswith("SiD ")
