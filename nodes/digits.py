@@ -228,7 +228,8 @@ def load_demo_model() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, 
     model = comfy.model_patcher.ModelPatcher(network, *devices)
 
     target = comfy.supported_models_base.ClipTarget(DigitsTokenizer, DigitsText)
-    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    # On the CPU, since ComfyUI would else load it before it has its weights.
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32, "initial_device": torch.device("cpu")})
     text = {name.removeprefix(TEXT): tensor.float() for name, tensor in tensors.items() if name.startswith(TEXT)}
     clip.cond_stage_model.load_sd(text)
     recipe = SiDRecipe(architecture=DIGITS.name, prediction_type=predicts, base_model=DIGITS.base_model)

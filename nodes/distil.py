@@ -12,6 +12,7 @@ import folder_paths
 import latent_preview
 import numpy as np
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from ..sid_train.core.noise_schedule import VPSchedule
 from ..sid_train.core.recipe import LORA_SUFFIX, SiDRecipe, TrainingGuidance
 from ..sid_train.core.timesteps import MAX_SID_STEPS
 from ..sid_train.errors import NonFiniteError
+from ..sid_train.files.atomic import write_text
+from ..sid_train.files.hashing import file_sha256
+from ..sid_train.files.reading import read_text, shown
 from ..sid_train.files.tensors import LazyTensor, write_tensors
 from ..sid_train.models.conditioning import Conditioning
-from ..sid_train.models.digits.data import TRAINING_SUBJECTS
+from ..sid_train.models.digits.data import IMAGE_SIZE, TRAINING_SUBJECTS
 from .checks import check_prompt, checked
-from .common import RecipeType, StrategyType, read_header, schema, show
+from .common import RecipeType, StrategyType, read_header, refuse_other_hosts, schema, show
 from .loaders import apply_lora
 from .models import check_network, has_zero_terminal_snr
 from .sampling import fitted
@@ -35,6 +39,7 @@ from .training import check_name
 PICTURES = 16  # of the grid
 SHOWN = 4  # of the preview
 SAVE_EVERY = 100
+KEPT_STATES = 3
 MAX_PROMPTS = 4096
 
 
@@ -77,6 +82,7 @@ class SiDDistill(io.ComfyNode):
                     min=1e-8,
                     max=1.0,
                     step=1e-6,
+                    round=1e-9,
                     tooltip="Learning rate of the generator.",
                 ),
                 io.Float.Input(
@@ -125,6 +131,15 @@ class SiDDistill(io.ComfyNode):
                 io.Image.Output(display_name="losses", tooltip="The losses by iteration."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, prompts: str = "", **others) -> str:
+        """Another where a file of prompts was edited."""
+        try:
+            path = prompt_file(prompts)
+            return "" if path is None else file_sha256(path)
+        except (AttributeError, ValueError, OSError):  # a link, or no file: the run will say it
+            return ""
 
     @classmethod
     @checked
@@ -176,17 +191,18 @@ class SiDDistill(io.ComfyNode):
         check_prompt("clip", encoded[0], architecture)
         latent_shape = tuple(fitted(model, latent_image).shape[1:])
 
-        with torch.inference_mode(False):
-            patcher = trainable(model)
-            device = patcher.load_device
-            with torch.no_grad():
-                told = [conditioning_of(patcher.model, one, latent_shape) for one in encoded]
-            options = patcher.model_options.get("transformer_options", {})
-            run = Distillation(
-                patcher.model, options, schedule, told[:-1], told[-1].to(device), latent_shape, settings, device
-            )
-            try:
-                state = _state_file(identity_of(settings, run.adapters.layers, told))
+        run = None
+        try:
+            with torch.inference_mode(False):
+                patcher = trainable(model)
+                device = patcher.load_device
+                with torch.no_grad():
+                    told = [conditioning_of(patcher.model, one, latent_shape) for one in encoded]
+                options = patcher.model_options.get("transformer_options", {})
+                run = Distillation(
+                    patcher.model, options, schedule, told[:-1], told[-1].to(device), latent_shape, settings, device
+                )
+                state = _state_file(identity_of(run, told))
                 if state.is_file():
                     run.load(state)
                 view = View(cls, run, patcher, told[:-1], vae, preview_every)
@@ -194,25 +210,31 @@ class SiDDistill(io.ComfyNode):
                     run_distillation(run, state, SAVE_EVERY, view.report)
                 grid = view.pictures(PICTURES)
                 tensors = _lora_of(run, patcher, architecture)
-            except NonFiniteError as error:
-                raise ValueError(
-                    f"Iteration {run.iteration + 1}: {error}. No step was taken with it: lower generator_lr and "
-                    "fake_score_lr."
-                ) from None
-            except comfy.model_management.OOM_EXCEPTION:
-                raise ValueError(
-                    "The device has too little memory: set micro_batch to 1 and checkpointing on, or lower rank and "
-                    "the size of latent_image."
-                ) from None
-            except comfy.model_management.InterruptProcessingException:
+        except NonFiniteError as error:
+            raise ValueError(
+                f"Iteration {run.iteration + 1}: {error}. No step was taken with it: lower generator_lr and "
+                "fake_score_lr."
+            ) from None
+        except comfy.model_management.OOM_EXCEPTION:
+            comfy.model_management.unload_all_models()
+            raise ValueError(
+                "The device has too little memory: set micro_batch to 1 and checkpointing on, or lower rank and the "
+                "size of latent_image."
+            ) from None
+        except comfy.model_management.InterruptProcessingException:
+            if run is not None and run.iteration:
                 show(cls, f"Stopped after iteration {run.iteration} of {iterations}; the same queue goes on. {state}")
-                raise
-            finally:
+            raise
+        finally:
+            if run is not None:
                 run.close()
         recipe = _recipe(settings, schedule, architecture, latent_shape, texts, name)
-        path = free_name("loras", f"{name}-sid-{steps}step")
-        _write(path, tensors, recipe, settings)
-        state.unlink(missing_ok=True)
+        path = _finished(state, name)
+        if path is None:
+            path = free_name("loras", f"{name}-sid-{steps}step")
+            _write(path, tensors, recipe, settings)
+            write_text(state.with_suffix(".txt"), f"{path}\n")
+        _drop_old_states(state.parent)
         patched, _, _ = apply_lora(model, None, str(path), read_header(str(path), str(path)), 1.0, False)
         losses = plot(run.losses)
         return io.NodeOutput(remember_start(patched), recipe, path.name, grid, losses)
@@ -220,13 +242,9 @@ class SiDDistill(io.ComfyNode):
 
 def prompts_of(text: str, architecture: Architecture) -> list[str]:
     """One a line; ValueError where there is none, or too many."""
+    if (path := prompt_file(text)) is not None:
+        text = read_text(path)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
-        folder = Path(folder_paths.get_input_directory()).resolve()
-        path = (folder / lines[0]).resolve()
-        if folder not in path.parents or not path.is_file():
-            raise ValueError(f"prompts: there is no file {lines[0]!r} in ComfyUI's input folder")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines and architecture is DIGITS:
         return [subject.prompt for subject in TRAINING_SUBJECTS]
     if not 0 < len(lines) <= MAX_PROMPTS:
@@ -234,23 +252,64 @@ def prompts_of(text: str, architecture: Architecture) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def prompt_file(text: str) -> Path | None:
+    """The file in ComfyUI's input folder that the prompts are in; ValueError where there is none of that name."""
+    name = text.strip()
+    if "\n" in name or not name.lower().endswith(".txt"):
+        return None
+    refuse_other_hosts("prompts", name)
+    folder = Path(folder_paths.get_input_directory()).resolve()
+    path = (folder / name).resolve()
+    if folder not in path.parents or not path.is_file():
+        raise ValueError(f"prompts: there is no file {shown(name, 100)!r} in ComfyUI's input folder")
+    return path
+
+
 def trainable(model):
     """A clone of MODEL on its device, whose weights can take part in a backward pass: those that ComfyUI made in
-    inference mode are copied, one by one. To be called outside of it.
+    inference mode are copied, one by one. To be called outside of it. ValueError for a model that is not its network
+    alone.
     """
+    network, memory = model.model, comfy.model_management
+    patches = model.model_options.get("transformer_options", {})
+    if model.get_model_object("model_sampling").__dict__.get("timestep_scale", 1.0) != 1 or _has_wrappers(model):
+        raise ValueError(
+            "model: expected a model that is its network alone, but a node changed how the network is called. Connect "
+            "the model from its loader, and LoRAs."
+        )
+    if "patches_replace" in patches:
+        raise ValueError("model: expected attention of its own, but a node (an IP adapter, for one) replaced it")
+    channels = network.model_config.unet_config["in_channels"]
+    if channels != network.latent_format.latent_channels:
+        raise ValueError(f"model: expected a text-to-image model, but its network has {channels} input channels")
+    if network.model_config.optimizations.get("fp8"):
+        raise ValueError("model: fast fp8 passes no gradient: load it with weight_dtype 'fp8_e4m3fn'")
     is_dynamic = getattr(model, "is_dynamic", None)
-    patcher = model.clone(disable_dynamic=True) if is_dynamic is not None and is_dynamic() else model.clone()
-    memory = comfy.model_management
-    if patcher.model.get_dtype() == torch.float16 and memory.should_use_bf16(patcher.load_device):
-        patcher.set_model_compute_dtype(torch.bfloat16)  # gradients leave fp16's range
+    try:
+        patcher = model.clone(disable_dynamic=True) if is_dynamic is not None and is_dynamic() else model.clone()
+    except RuntimeError as error:  # of another pack's loader
+        raise ValueError(
+            f"model: it cannot be loaded again for training ({error}): use ComfyUI's or SiD's loader"
+        ) from None
+    compute = patcher.get_model_object("manual_cast_dtype") or network.get_dtype()
+    if compute == torch.float16:  # whose range gradients leave
+        bf16 = memory.should_use_bf16(patcher.load_device)
+        patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     load(patcher)
     return patcher
 
 
+def _has_wrappers(model) -> bool:
+    """Whether a node put something around the network's calls."""
+    kinds = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+    return any(wrappers for kind in kinds for wrappers in model.wrappers.get(kind, {}).values())
+
+
 @torch.no_grad()
 def load(patcher) -> None:
-    """Puts it on its device, also after another model took its place there."""
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    """Puts it on its device, and everything else off it; also after another model took its place there."""
+    with torch.inference_mode():  # as ComfyUI does: a weight of that mode is not to be moved out of it
+        comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
     for module in patcher.model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -260,11 +319,22 @@ def load(patcher) -> None:
                     "model: its weights are quantized in a way that cannot be trained on: load it with weight_dtype "
                     "'default', or an fp8 type"
                 )
-            if parameter.is_inference() or parameter.requires_grad:
+            if parameter.requires_grad or not has_version(parameter):
                 module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_inference():
+            if buffer is not None and not has_version(buffer):
                 module._buffers[name] = buffer.clone()
+
+
+def has_version(tensor: Tensor) -> bool:
+    """Whether autograd can use a tensor: one that was made in inference mode has no version, also after it was moved to
+    another device outside of it.
+    """
+    try:
+        _ = tensor._version
+    except RuntimeError:
+        return False
+    return True
 
 
 class View:
@@ -297,9 +367,10 @@ class View:
         parts = [self.run.sample(one.to(self.run.device), seed=place) for place, one in enumerate(chosen)]
         latents = self.patcher.model.process_latent_out(torch.cat(parts).float()).cpu()
         if self.vae is not None:
-            images = torch.cat([self.vae.decode(latents[i : i + 1]) for i in range(count)])
+            with torch.inference_mode():
+                images = torch.cat([self.vae.decode(latents[i : i + 1]).float().cpu() for i in range(count)])
             load(self.patcher)
-            return images.float().cpu()
+            return images
         format_ = self.patcher.get_model_object("latent_format")
         previewer = latent_preview.Latent2RGBPreviewer(
             format_.latent_rgb_factors, getattr(format_, "latent_rgb_factors_bias", None)
@@ -316,7 +387,7 @@ def _strip(images: Tensor) -> Image.Image:
 
 def plot(losses: Sequence[dict[str, float]], width: int = 768, height: int = 192) -> Tensor:
     """IMAGE with one curve a loss, each between its own extremes."""
-    names = list(losses[0])
+    names = list(dict.fromkeys(name for entry in losses for name in entry))
     canvas = Image.new("RGB", (width, height * len(names)), "white")
     draw = ImageDraw.Draw(canvas)
     for row, name in enumerate(names):
@@ -346,6 +417,7 @@ def _lora_of(run, patcher, architecture: Architecture) -> dict[str, Tensor]:
 def _recipe(settings, schedule, architecture, latent_shape, texts, name) -> SiDRecipe:
     method = settings.method
     strategy, timesteps = method.strategy, tuple(schedule.ladder(method.steps, method.t_init))
+    size = IMAGE_SIZE
     return SiDRecipe(
         base_model=architecture.base_model,
         architecture=architecture.name,
@@ -354,7 +426,7 @@ def _recipe(settings, schedule, architecture, latent_shape, texts, name) -> SiDR
         timesteps=timesteps,
         t_init=timesteps[0],
         noise_mode=method.noise_mode,
-        training_resolution=(8 * latent_shape[1], 8 * latent_shape[2]),
+        training_resolution=(size, size) if architecture is DIGITS else (8 * latent_shape[1], 8 * latent_shape[2]),
         title=f"{name}, SiD {method.steps}-step",
         guidance=TrainingGuidance(strategy.name, strategy.fake_train, strategy.fake_eval, strategy.teacher),
         training_summary={
@@ -380,8 +452,9 @@ def _write(path: Path, tensors: dict[str, Tensor], recipe: SiDRecipe, settings) 
 
 
 def free_name(kind: str, name: str) -> Path:
-    """In ComfyUI's first folder of that kind: one that is not taken."""
-    folder = Path(folder_paths.get_folder_paths(kind)[0])
+    """In ComfyUI's folder of that name, or its first one of that kind: a name that is not taken."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    folder = next((folder for folder in folders if folder.name == kind), folders[0])
     number = 1
     while (path := folder / f"{name}-{number:03d}.safetensors").exists():
         number += 1
@@ -390,3 +463,18 @@ def free_name(kind: str, name: str) -> Path:
 
 def _state_file(identity: str) -> Path:
     return Path(folder_paths.get_user_directory()) / "sid_distill" / f"{identity}.safetensors"
+
+
+def _finished(state: Path, name: str) -> Path | None:
+    """The LoRA that was written of a run under this name, where it is still there."""
+    note = state.with_suffix(".txt")
+    path = Path(read_text(note).strip()) if note.is_file() else None
+    return path if path is not None and path.name.startswith(f"{name}-sid-") and path.is_file() else None
+
+
+def _drop_old_states(folder: Path) -> None:
+    """Leaves the newest few: each has a LoRA's weights many times."""
+    states = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    for state in states[:-KEPT_STATES]:
+        state.unlink(missing_ok=True)
+        state.with_suffix(".txt").unlink(missing_ok=True)

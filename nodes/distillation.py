@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,11 +142,10 @@ class Distillation:
         self.losses: list[dict[str, float]] = []
         self.notes: list[str] = []
         begin = torch.Generator().manual_seed(settings.seed)
-        self.adapters = Adapters(model.diffusion_model, settings.rank, (*TRAINED, AVERAGE), begin)
+        self.adapters = Adapters(model.diffusion_model, settings.rank, (*TRAINED, AVERAGE), begin, device)
         for name, pair in self.adapters.factors[GENERATOR].items():
             for theirs, ours in zip(pair, self.adapters.factors[AVERAGE][name], strict=True):
                 ours.data.copy_(theirs.data)
-        self.adapters.to(device)
         if settings.checkpointing:
             self.adapters.use_checkpointing(model.diffusion_model)
         self.networks = {
@@ -271,10 +270,15 @@ def conditioning_of(model: nn.Module, encoded: Sequence, latent_shape: tuple[int
     return Conditioning(**tensors)
 
 
-def identity_of(settings: Settings, layers: dict[str, nn.Module], prompts: Sequence[Conditioning]) -> str:
-    """Of all that a run follows from: the settings, the first row of every weight, and the prompts."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for tensor in [*(layer.weight[0] for layer in layers.values()), *(c.text for c in prompts)]:
+def identity_of(run: Distillation, prompts: Sequence[Conditioning]) -> str:
+    """Of all that a run follows from: settings, noise schedule, size, the first row of every weight, and the prompts.
+    Not of what only decides how much memory it takes.
+    """
+    facts = asdict(run.settings) | {"latent": run.latent_shape, "predicts": run.schedule.prediction_type}
+    facts = {key: value for key, value in facts.items() if key not in ("micro_batch", "checkpointing")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    weights = [layer.weight[0] for layer in run.adapters.layers.values()]
+    for tensor in [run.schedule.sigmas, *weights, *(part for one in prompts for part in one.tensors.values())]:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -285,12 +289,27 @@ def run_distillation(run: Distillation, state: Path, every: int, report: Callabl
     report: called after each iteration
     """
     while run.iteration < run.settings.iterations:
-        run.train_iteration()
+        with uninterrupted():
+            run.train_iteration()
         try:
             report(run)
             comfy.model_management.throw_exception_if_processing_interrupted()
         except comfy.model_management.InterruptProcessingException:
             run.save(state)
             raise
-        if run.iteration % every == 0:
+        if run.iteration % every == 0 or run.iteration == run.settings.iterations:
             run.save(state)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """ComfyUI may stop inside of any layer, between updates that belong together: it is to wait for the iteration's
+    end.
+    """
+    memory = comfy.model_management
+    stop = memory.throw_exception_if_processing_interrupted
+    memory.throw_exception_if_processing_interrupted = lambda: None
+    try:
+        yield
+    finally:
+        memory.throw_exception_if_processing_interrupted = stop

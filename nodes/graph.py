@@ -12,6 +12,7 @@ from typing import Any
 import comfy.utils
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,21 +34,26 @@ class Adapters:
     any device and streamed, stay as they are.
     """
 
-    def __init__(self, network: nn.Module, rank: int, roles: Sequence[str], generator: torch.Generator):
+    def __init__(
+        self, network: nn.Module, rank: int, roles: Sequence[str], generator: torch.Generator, device: torch.device
+    ):
         self.active = TEACHER
         self.layers: dict[str, nn.Module] = {
             name: layer
             for name, layer in network.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith(LEFT_OUT)
         }
-        self.factors = {role: dict(self._new(rank, generator)) for role in roles}
+        self.factors = {role: dict(self._new(rank, generator, device)) for role in roles}
+        self._blocks: list[nn.Module] = []
+        # Last: where there is no room for the factors, the network has no hook.
         self._handles = [
             layer.register_forward_hook(lambda layer, args, out, name=name: self._add(name, layer, args[0], out))
             for name, layer in self.layers.items()
         ]
-        self._blocks: list[tuple[nn.Module, Any]] = []
 
-    def _new(self, rank: int, generator: torch.Generator) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]]]:
+    def _new(
+        self, rank: int, generator: torch.Generator, device: torch.device
+    ) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Parameter]]]:
         """Down and up of every layer as peft begins: down like a layer's own weights, up 0."""
         for name, layer in self.layers.items():
             shape = tuple(layer.weight.shape)
@@ -55,7 +61,7 @@ class Adapters:
             bound = 1 / math.sqrt(math.prod(shape[1:]))  # Kaiming's with a = sqrt(5)
             down = (torch.rand(of_layer, *shape[1:], generator=generator) * 2 - 1) * bound
             up = torch.zeros(shape[0], of_layer, *[1] * (len(shape) - 2))
-            yield name, (nn.Parameter(down), nn.Parameter(up))
+            yield name, (nn.Parameter(down.to(device)), nn.Parameter(up.to(device)))
 
     def _add(self, name: str, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         if self.active == TEACHER:
@@ -67,18 +73,12 @@ class Adapters:
         inner = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
         return out + F.conv2d(inner, up).to(out.dtype)
 
-    def to(self, device: torch.device) -> None:
-        for factors in self.factors.values():
-            for pair in factors.values():
-                for factor in pair:
-                    factor.data = factor.data.to(device)
-
     def use_checkpointing(self, network: nn.Module) -> None:
         """Blocks run again in the backward pass, each as the role that ran it."""
         for block in network.modules():
-            if type(block).__name__ in BLOCKS:
-                self._blocks.append((block, block.forward))
+            if type(block).__name__ in BLOCKS and "forward" not in vars(block):
                 block.forward = self._again(block.forward)
+                self._blocks.append(block)
 
     def _again(self, forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -90,6 +90,9 @@ class Adapters:
                 self.active = role
                 return forward(*args, **kwargs)
 
+            # The network writes into its options which block runs; a block that runs again is to find its own.
+            args = tuple(dict(arg) if isinstance(arg, dict) else arg for arg in args)
+            kwargs = {name: dict(arg) if isinstance(arg, dict) else arg for name, arg in kwargs.items()}
             return checkpoint(as_the_same_role, *args, use_reentrant=False, **kwargs)
 
         return run
@@ -98,8 +101,9 @@ class Adapters:
         """Leaves the network as it was."""
         for handle in self._handles:
             handle.remove()
-        for block, forward in self._blocks:
-            block.forward = forward
+        for block in self._blocks:
+            del block.forward
+        self._handles, self._blocks = [], []
 
 
 class RoleDenoiser(Denoiser):
@@ -122,8 +126,14 @@ class RoleDenoiser(Denoiser):
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         self.adapters.active = self.role
+        # As ComfyUI's samplers tell patches on the model; and attention through which a gradient passes.
+        options = self.options | {
+            "cond_or_uncond": [0],
+            "sigmas": sigma,
+            "optimized_attention_override": lambda own, *args, **kwargs: attention_pytorch(*args, **kwargs),
+        }
         told = {"c_crossattn": cond.text} | ({"y": cond.y} if "y" in cond.tensors else {})
-        return self._shared[0].apply_model(x, sigma, transformer_options=dict(self.options), **told).float()
+        return self._shared[0].apply_model(x, sigma, transformer_options=options, **told).float()
 
     def logits(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         raise NotImplementedError("real pairs need the trainer on the command line")

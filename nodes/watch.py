@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..sid_train.config import config_from_dict, read_toml
+from ..sid_train.evaluation.metric import CLIP_SCORE
 from ..sid_train.files.logs import read_log
+from ..sid_train.files.reading import shown
 from ..sid_train.training.layout import RunLayout
 from .checks import checked
 from .common import printable, refuse_other_hosts, schema, show
@@ -58,8 +60,12 @@ class SiDRun(io.ComfyNode):
         """Another where the run went on: a queue then looks again."""
         try:
             refuse_other_hosts("folder", folder)
-            return str(RunLayout(Path(folder.strip())).log.stat().st_mtime_ns)
-        except (ValueError, OSError):
+            run = RunLayout(Path(folder.strip()))
+            if not run.config_file.is_file():
+                return ""
+            places = (run.log, run.alarms, run.scores(CLIP_SCORE), run.grid(0).parent, run.snapshot_folder)
+            return str([place.stat().st_mtime_ns for place in places if place.exists()])
+        except (TypeError, AttributeError, ValueError, OSError):  # a link, or no folder: the run will say it
             return ""
 
     @classmethod
@@ -76,8 +82,10 @@ class SiDRun(io.ComfyNode):
         if best := run.best_snapshot():
             lines.append(f"The best snapshot by CLIP score is that of iteration {best}.")
         lines += [f"Iteration {a['iteration']:,}: {a.get('alarm')}" for a in read_log(run.alarms)[-LAST_ALARMS:]]
-        file = _export(run, best, name) if export else ""
-        lines += [f"Written: {file}"] * bool(file)
+        file = ""
+        if export:
+            file, notes = _export(run, best, name)
+            lines += [f"Written: {file}", *notes]
         text = printable("\n".join(lines))
         show(cls, text)
         losses = [entry["losses"] for entry in entries if entry.get("losses")]
@@ -116,8 +124,8 @@ def _nothing() -> Tensor:
     return torch.full((1, 64, 64, 3), 0.5)
 
 
-def _export(run: RunLayout, iteration: int, name: str) -> str:
-    """The name of the file that was written."""
+def _export(run: RunLayout, iteration: int, name: str) -> tuple[str, list[str]]:
+    """The name of the file that was written, and what the user should know."""
     try:
         from ..sid_train.commands.export import export_any
     except ImportError as error:
@@ -126,10 +134,17 @@ def _export(run: RunLayout, iteration: int, name: str) -> str:
             f"README says, or run: python -m sid_train export {run.path} -o OUT.safetensors"
         ) from None
     config = config_from_dict(read_toml(run.config_file), str(run.config_file))
+    teacher = config.model.teacher
+    refuse_other_hosts("the run's teacher", teacher)
+    if teacher != DEMO and not Path(teacher).exists():
+        raise ValueError(
+            f"export: the run's teacher, {shown(teacher, 200)}, is no file on this computer. A workflow does not make "
+            f"ComfyUI download it: run python -m sid_train export {run.path} -o OUT.safetensors"
+        )
     # Of the demo's model ComfyUI has the teacher alone: a whole generator of it becomes a LoRA, too.
-    extracted = not config.adapter.rank and config.model.teacher == DEMO
+    extracted = not config.adapter.rank and teacher == DEMO
     kind = "loras" if config.adapter.rank or extracted else "diffusion_models"
     path = free_name(kind, name)
     format_ = "lora" if kind == "loras" else "unet"
-    export_any(run.path, path, format_, energy=ENERGY if extracted else 0, iteration=iteration)
-    return path.name
+    _, notes = export_any(run.path, path, format_, energy=ENERGY if extracted else 0, iteration=iteration)
+    return path.name, notes

@@ -23,7 +23,7 @@ PAGE, FIGURES_FILE = "docs/study.md", "docs/study.json"
 CLAIMED = (
     "A claim says that one row is better than another. What is found is the mean of their differences, seed by seed, "
     f"with its {CONFIDENCE:.0%} interval: better or worse where the interval leaves out 0. Where two are not told "
-    "apart, three seeds are too few to say that they differ."
+    "apart, three seeds are too few to say that they differ. The teacher's rows have one seed and are taken as exact."
 )
 
 

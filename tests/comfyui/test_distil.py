@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import conditioning, module, run
+from safetensors.torch import load_file
 
 PROMPTS = ["a red three on a blue ground", "a green seven on a black ground", "a white two on a grey ground"]
 SETTINGS = ["adapter.rank=4", "method.steps=2", "method.alpha=1", "training.batch_size=4", "training.seed=3"]
@@ -261,30 +262,92 @@ def test_the_lora_that_it_writes_is_the_model_that_it_gives(nodes, pack, demo, p
         generator.denoiser, cond, generator.latent_shape, wanted, 1
     )
     torch.testing.assert_close(found, latents, rtol=0, atol=1e-4)
-    assert distil(nodes, demo)[2] != name  # no file is replaced
+    # Nothing is trained again, and no file is replaced.
+    assert distil(nodes, demo)[2] == name
+    assert distil(nodes, demo, name="other")[2] == "other-sid-2step-001.safetensors"
+    (places / "loras" / "other-sid-2step-001.safetensors").rename(places / "loras" / "other-sid-2step-002.safetensors")
+    assert distil(nodes, demo, name="other")[2] == "other-sid-2step-001.safetensors"
+    assert len(list((places / "loras").iterdir())) == 3
 
 
-def test_what_was_stopped_goes_on_to_the_same_lora(nodes, demo, places, monkeypatch, pack):
+@pytest.mark.parametrize("place", ["between iterations", "in a layer"])
+def test_what_was_stopped_goes_on_to_the_same_lora(nodes, demo, places, monkeypatch, pack, place):
+    """Wherever ComfyUI was asked to stop: it is after an iteration that it does."""
     from comfy.model_management import InterruptProcessingException, interrupt_current_processing
 
     whole = distil(nodes, demo)[2]
+    (finished,) = (places / "user" / "sid_distill").glob("*.safetensors")
+    finished.unlink()
     told = []
 
     def show(node, text: str) -> None:
         told.append(text)
-        if text.startswith("2 of 3, "):
+        if place == "between iterations" and text.startswith("2 of 3, "):
             interrupt_current_processing()
 
+    def stop(*_) -> None:
+        if place == "in a layer" and told and told[-1].startswith("1 of 3, "):
+            interrupt_current_processing()
+
+    layer = demo[0].model.diffusion_model.time_embed[0].register_forward_hook(stop)
     with monkeypatch.context() as patch:
         patch.setattr(module(pack, "nodes.distil"), "show", show)
         with pytest.raises(InterruptProcessingException):
             distil(nodes, demo)
+    layer.remove()
     assert told[-1].startswith("Stopped after iteration 2 of 3; the same queue goes on.")
-    (state,) = (places / "user" / "sid_distill").iterdir()
-    continued = distil(nodes, demo)[2]
-    assert not state.exists()
-    first, second = ((places / "loras" / name).read_bytes() for name in (whole, continued))
-    assert first == second
+    (places / "loras" / whole).rename(places / "whole.safetensors")
+    continued = distil(nodes, demo, micro_batch=1, checkpointing=True)[2]  # as the advice for too little memory says
+    first, second = (load_file(path) for path in (places / "whole.safetensors", places / "loras" / continued))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-3)  # an iteration of three with other sums
+    (places / "loras" / continued).unlink()
+    (finished.with_suffix(".txt")).unlink()
+    for state in finished.parent.iterdir():
+        state.unlink()
+    again = distil(nodes, demo)[2]
+    assert (places / "loras" / again).read_bytes() == (places / "whole.safetensors").read_bytes()
+
+
+def test_the_same_settings_at_another_size_are_another_run(nodes, unet_file, places, graph):
+    """And so is another noise schedule, or another teacher."""
+    import comfy.sd
+
+    noise = graph.VPSchedule
+    found = set()
+    for size, zero_snr, seed in ((8, False, 1), (16, False, 1), (8, True, 1), (8, False, 2)):
+        model = comfy.sd.load_diffusion_model(str(unet_file), model_options={"dtype": torch.float32}).model
+        told = [graph.conditioning_of(model, conditioning(seed), (4, size, size))]
+        settings = graph.Settings(2, "none", 1, 4, 1e-4, 1e-4, 1, 1, 1, 0, checkpointing=False)
+        schedule = noise.sdxl(zero_snr)
+        run_of = graph.Distillation(model, {}, schedule, told, told[0], (4, size, size), settings, torch.device("cpu"))
+        found.add(graph.identity_of(run_of, told))
+        run_of.close()
+    assert len(found) == 4
+
+
+def test_what_autograd_cannot_use_is_known(pack):
+    """A tensor of inference mode, also after its data were moved outside of it."""
+    has_version = module(pack, "nodes.distil").has_version
+    with torch.inference_mode():
+        layer = torch.nn.Linear(2, 2)
+    assert not has_version(layer.weight)
+    layer.weight.data = torch.ones(2, 2)
+    assert not has_version(layer.weight)
+    assert has_version(torch.nn.Linear(2, 2).weight)
+
+
+def test_only_a_network_alone_is_distilled(nodes, demo, places, model, pack):
+    from comfy.patcher_extension import WrappersMP
+
+    wrapped = demo[0].clone()
+    wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", lambda executor, *args: executor(*args))
+    replaced = demo[0].clone()
+    replaced.set_model_attn2_replace(lambda *args: args, "middle", 0)
+    for changed, message in ((wrapped, "network alone"), (replaced, "attention of its own")):
+        with pytest.raises(ValueError, match=message):
+            distil(nodes, demo, model=changed)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +355,7 @@ def test_what_was_stopped_goes_on_to_the_same_lora(nodes, demo, places, monkeypa
     [
         ({"micro_batch": 3}, r"micro_batch: expected a number that divides batch_size \(2\), got 3"),
         ({"name": "../x"}, "name: expected"),
+        ({"prompts": "//host/share/x.txt"}, "prompts: expected a path on this computer"),
         ({"prompts": "../secret.txt"}, "prompts: there is no file '../secret.txt' in ComfyUI's input folder"),
         ({"prompts": "a red dog"}, "does not know 'dog'"),
         ({"latent_image": {"samples": torch.zeros(1, 12, 16, 16)}}, "draws 256 x 256 only"),
@@ -301,13 +365,20 @@ def test_what_was_stopped_goes_on_to_the_same_lora(nodes, demo, places, monkeypa
 def test_mistakes(nodes, demo, places, settings, message):
     with pytest.raises(ValueError, match=message):
         distil(nodes, demo, **settings)
-    assert not demo[0].model.diffusion_model.out[0]._forward_hooks
+    for layer in demo[0].model.modules():
+        assert not layer._forward_hooks
+        assert "forward" not in vars(layer)
 
 
 def test_prompts_of_a_file_and_of_the_demo(places, pack):
     distil_node, architectures = module(pack, "nodes.distil"), module(pack, "sid_train.core.architectures")
-    (places / "mine.txt").write_text("a red two\n\na red two\na white three\n")
+    (places / "mine.txt").write_text("a red two\n\na red two\na white three\n", encoding="utf-8-sig")
+    seen = module(pack, "nodes.distil").SiDDistill.fingerprint_inputs
+    before = seen(prompts="mine.txt")
     assert distil_node.prompts_of("mine.txt", architectures.DIGITS) == ["a red two", "a white three"]
     assert len(distil_node.prompts_of("", architectures.DIGITS)) == 150
+    (places / "mine.txt").write_text("a red two\n")
+    assert seen(prompts="mine.txt") != before
+    assert seen(prompts="a red two") == seen(prompts=None) == seen(prompts="//host/x.txt") == ""
     with pytest.raises(ValueError, match="expected 1 to 4,096 lines, got 0"):
         distil_node.prompts_of(" ", architectures.SDXL)
