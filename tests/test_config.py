@@ -9,7 +9,7 @@ import pytest
 
 import sid_train
 from sid_train import configs
-from sid_train.config import Config, config_from_dict, load_config, read_toml
+from sid_train.config import Config, OptimizerConfig, config_from_dict, load_config, read_toml
 from sid_train.config_reference import field_docs
 from sid_train.method.config import GANConfig
 
@@ -156,7 +156,8 @@ def test_only_regular_files_are_read(tmp_path):
 def test_every_field_is_documented_and_read():
     """A config field exists only if code reads it, and a reader learns what it does."""
     code = "".join(p.read_text() for p in Path(sid_train.__file__).parent.rglob("*.py") if p.name != "config.py")
-    code += inspect.getsource(GANConfig.enabled.fget)  # read in its own module, and through this elsewhere
+    # Read in their own module, and through these elsewhere.
+    code += inspect.getsource(GANConfig.enabled.fget) + inspect.getsource(OptimizerConfig.rate_factor)
     for section, cls in get_type_hints(Config).items():
         documented = field_docs(cls)  # raises for a field without
         for f in dataclasses.fields(cls):

@@ -91,7 +91,7 @@ def test_a_tensor_without_data_is_refused_elsewhere():
             "training.gradient_checkpointing=true",
             "training.mixed_precision=bf16",
             "method.guidance=lsg=1.5",
-            "method.steps=2",
+            "method.steps=1",
         ],
     ],
     ids=["whole", "LoRA"],

@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     """Captions, a teacher, two runs of it, two folders of pictures, and weights of every network but ImageReward's."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
-    (folder / "12.txt").write_text("".join(f"picture {place}\n" for place in range(12)))
+    (folder / "7.txt").write_text("".join(f"picture {place}\n" for place in range(7)))
     teacher = save_single_file(folder / "teacher.safetensors", small_pipeline())
     settings = [f"model.teacher={teacher}", f"data.prompts={folder / 'captions.txt'}", "model.resolution=64"]
     settings += ["training.iterations=1", "training.batch_size=1", "training.tracker=none", "method.steps=2"]
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name in ("real", "made"):
         (folder / name).mkdir()
-        for place in range(12):
+        for place in range(7):
             pixels = (torch.rand(SIZE, SIZE, 3, generator=generator) * (255 if name == "real" else 200)).byte()
             Image.fromarray(pixels.numpy()).save(folder / name / f"{place}.png")
     weights = folder / "weights"
@@ -101,7 +101,7 @@ def figures(out: Path) -> list[dict]:
 def test_fid_is_the_librarys(folder, tmp_path, capsys):
     settings = [*options(folder, "inception"), "--resamples", "2"]
     settings += ["--reference", str(folder / "real"), "--metric", "fid", "--metric", "recall", "--metric", "precision"]
-    settings[1] = str(folder / "12.txt")
+    settings[1] = str(folder / "7.txt")
     assert main(["evaluate", str(folder / "made"), *settings, "--out", str(tmp_path / "out")]) == 0
     (ours,) = figures(tmp_path / "out")
     theirs = torch_fidelity.calculate_metrics(
@@ -228,8 +228,8 @@ def test_a_picture_depends_on_its_place_alone(folder, tmp_path):
 
 
 def test_a_protocol_says_what_differs_and_what_others_published(folder, tmp_path):
-    settings = [*options(folder, "clip"), "--protocol", "coco-5k", "--count", "12", "--metric", "clip"]
-    settings[1] = str(folder / "12.txt")
+    settings = [*options(folder, "clip"), "--protocol", "coco-5k", "--count", "7", "--metric", "clip"]
+    settings[1] = str(folder / "7.txt")
     assert main(["evaluate", str(folder / "made"), *settings, "--out", str(tmp_path)]) == 0
     page = (tmp_path / "evaluation.md").read_text()
     assert "Protocol `coco-5k`" in page
@@ -281,7 +281,7 @@ def test_the_bootstraps_error_is_that_of_a_mean():
 def test_mistakes(folder, tmp_path, capsys, arguments, message):
     names = {name: folder / name for name in ("run", "made")}
     names |= {"exported": folder / "exported.safetensors", "captions": folder / "captions.txt"}
-    names |= {"many": folder / "12.txt", "teacher": folder / "teacher.safetensors", "none": folder / "none.safetensors"}
+    names |= {"many": folder / "7.txt", "teacher": folder / "teacher.safetensors", "none": folder / "none.safetensors"}
     given = [argument.format(**names) for argument in arguments]
     assert main(["evaluate", *given, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_weights_of_inception_are_not_unpickled(folder, tmp_path, capsys):
     """torch-fidelity reads its file without any care for what is in it."""
     file = tmp_path / "inception.pth"
     file.write_bytes(b"cbuiltins\nexec\n(S'raise SystemExit(7)'\ntR.")
-    settings = ["--captions", str(folder / "12.txt"), "--reference", str(folder / "real"), "--metric", "fid"]
+    settings = ["--captions", str(folder / "7.txt"), "--reference", str(folder / "real"), "--metric", "fid"]
     given = [str(folder / "made"), *settings, "--weights", f"inception={file}", "--out", str(tmp_path / "out")]
     assert main(["evaluate", *given]) == 2
     assert "--weights inception: the weights" in capsys.readouterr().err
