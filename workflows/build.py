@@ -146,28 +146,28 @@ def training_recipe() -> tuple[list[Node], str]:
 
 
 def lora() -> tuple[list[Node], str]:
-    loader = Node("CheckpointLoaderSimple", 0, ckpt_name=BASE)
-    few = Node("SiDLoRALoader", 1, model=loader[0], lora_name=LORA)
-    prompt = Node("CLIPTextEncode", 1, "Prompt", text=PROMPT, clip=loader[1])
-    latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
-    sampler = Node("SiDFewStepSampler", 2, model=few[0], positive=prompt[0], latent_image=latent[0], recipe=few[1])
-    return [loader, few, prompt, latent, sampler, *picture(sampler[0], loader[2], 3, "sid_lora")], (
+    return on_sdxl(LORA, "sid_lora"), (
         "# A SiD LoRA on any SDXL checkpoint\n\nAny SDXL checkpoint goes into `models/checkpoints`, the SiD LoRA "
         f"({LORA} stands for it) into `models/loras`. The LoRA's recipe says how to sample the two together."
     )
 
 
 def dmd2() -> tuple[list[Node], str]:
-    loader = Node("CheckpointLoaderSimple", 0, ckpt_name=BASE)
-    few = Node("SiDLoRALoader", 1, model=loader[0], lora_name=DMD2)
-    prompt = Node("CLIPTextEncode", 1, "Prompt", text=PROMPT, clip=loader[1])
-    latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
-    sampler = Node("SiDFewStepSampler", 2, model=few[0], positive=prompt[0], latent_image=latent[0], recipe=few[1])
-    return [loader, few, prompt, latent, sampler, *picture(sampler[0], loader[2], 3, "dmd2")], (
+    return on_sdxl(DMD2, "dmd2"), (
         "# SDXL in four steps, with public files\n\nComfyUI offers to download what is missing: SDXL's base "
         "checkpoint (6.9 GB) and DMD2's LoRA (0.8 GB).\n\nThe LoRA does not say how it is to be sampled. The loader "
         "knows it by its content or its name, and says so: 999 749 499 249, as it was trained."
     )
+
+
+def on_sdxl(name: str, prefix: str) -> list[Node]:
+    """A LoRA on SDXL's base checkpoint, to a picture."""
+    loader = Node("CheckpointLoaderSimple", 0, ckpt_name=BASE)
+    few = Node("SiDLoRALoader", 1, model=loader[0], lora_name=name)
+    prompt = Node("CLIPTextEncode", 1, "Prompt", text=PROMPT, clip=loader[1])
+    latent = Node("EmptyLatentImage", 1, width=1024, height=1024)
+    sampler = Node("SiDFewStepSampler", 2, model=few[0], positive=prompt[0], latent_image=latent[0], recipe=few[1])
+    return [loader, few, prompt, latent, sampler, *picture(sampler[0], loader[2], 3, prefix)]
 
 
 def image_to_image() -> tuple[list[Node], str]:
