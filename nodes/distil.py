@@ -365,8 +365,9 @@ class View:
         """IMAGE of the averaged generator: as many prompts, evenly chosen."""
         chosen = [self.prompts[i * len(self.prompts) // count] for i in range(count)]
         parts = [self.run.sample(one.to(self.run.device), seed=place) for place, one in enumerate(chosen)]
-        latents = self.patcher.model.process_latent_out(torch.cat(parts).float()).cpu()
+        made = torch.cat(parts).float()
         if self.vae is not None:
+            latents = self.patcher.model.process_latent_out(made).cpu()
             with torch.inference_mode():
                 images = torch.cat([self.vae.decode(latents[i : i + 1]).float().cpu() for i in range(count)])
             load(self.patcher)
@@ -375,7 +376,7 @@ class View:
         previewer = latent_preview.Latent2RGBPreviewer(
             format_.latent_rgb_factors, getattr(format_, "latent_rgb_factors_bias", None)
         )
-        shown = [previewer.decode_latent_to_preview(latent[None]) for latent in torch.cat(parts).float().cpu()]
+        shown = [previewer.decode_latent_to_preview(latent[None]) for latent in made.cpu()]
         return torch.stack([torch.from_numpy(np.array(image)).float() / 255 for image in shown])
 
 
@@ -417,7 +418,7 @@ def _lora_of(run, patcher, architecture: Architecture) -> dict[str, Tensor]:
 def _recipe(settings, schedule, architecture, latent_shape, texts, name) -> SiDRecipe:
     method = settings.method
     strategy, timesteps = method.strategy, tuple(schedule.ladder(method.steps, method.t_init))
-    size = IMAGE_SIZE
+    size = (IMAGE_SIZE, IMAGE_SIZE) if architecture is DIGITS else (8 * latent_shape[1], 8 * latent_shape[2])
     return SiDRecipe(
         base_model=architecture.base_model,
         architecture=architecture.name,
@@ -426,7 +427,7 @@ def _recipe(settings, schedule, architecture, latent_shape, texts, name) -> SiDR
         timesteps=timesteps,
         t_init=timesteps[0],
         noise_mode=method.noise_mode,
-        training_resolution=(size, size) if architecture is DIGITS else (8 * latent_shape[1], 8 * latent_shape[2]),
+        training_resolution=size,
         title=f"{name}, SiD {method.steps}-step",
         guidance=TrainingGuidance(strategy.name, strategy.fake_train, strategy.fake_eval, strategy.teacher),
         training_summary={

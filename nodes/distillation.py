@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..sid_train.config import OptimizerConfig
 from ..sid_train.core.noise_schedule import VPSchedule
-from ..sid_train.core.rng import BatchRNG
+from ..sid_train.core.rng import BatchRNG, batch_generator, batch_parts, step_generator
 from ..sid_train.core.sampling import few_step_sample, initial_noise, ladder_sigmas, noise_sampler, seeded_noise
 from ..sid_train.files.atomic import replacing
 from ..sid_train.method.base import Batch, Losses, Update
@@ -82,11 +82,7 @@ class _Passes:
         self._noted: list[Losses] = []
 
     def draws(self) -> Iterator[BatchRNG]:
-        """Every part draws for the whole batch, from the same state."""
-        state, on_host = self.rng.get_state(), []
-        for part in range(self.micro_batches):
-            self.rng.set_state(state)
-            yield BatchRNG(self.rng, part, self.micro_batches, on_host)
+        return batch_parts(self.rng, range(self.micro_batches), self.micro_batches)
 
     def batch(self, update: Update, rng: BatchRNG) -> Batch:
         rows = rng.indices(len(self.prompts), self.micro_batch)
@@ -119,10 +115,9 @@ class _Passes:
 class Distillation:
     """A run: networks, optimizers, and how far it is.
 
-    To be made and used outside of inference mode, on a copy of ComfyUI's model that was made there: the weights that
-    ComfyUI loads cannot take part in a backward pass.
+    To be made and used outside of inference mode.
 
-    model: ComfyUI's BaseModel, on its device
+    model: ComfyUI's BaseModel, on its device, with weights that can take part in a backward pass (``distil.trainable``)
     prompts: one conditioning a prompt, each a single row
     """
 
@@ -171,9 +166,7 @@ class Distillation:
         }
         self.ema = EMA(self.networks[AVERAGE], optimizer.ema_halflife_images, optimizer.ema_rampup)
         self.guard = NormGuard(TRAINED, optimizer.skip_norm)
-        # As the trainer seeds them.
-        self.step_rng = torch.Generator().manual_seed(settings.seed * 10_007)
-        self.rng = torch.Generator(device).manual_seed(settings.seed * 10_007 + 1)
+        self.step_rng, self.rng = step_generator(settings.seed), batch_generator(device, settings.seed)
         self.passes = _Passes(prompts, settings, self.rng, self.guard)
 
     def train_iteration(self) -> dict[str, float]:

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
+
+
+def step_generator(seed: int) -> torch.Generator:
+    """A CPU generator, the same on every rank, for what a whole iteration shares."""
+    return torch.Generator().manual_seed(seed * 10_007)
+
+
+def batch_generator(device: torch.device, seed: int) -> torch.Generator:
+    """A generator on ``device``, in the same state on every rank, for what is drawn a sample."""
+    return torch.Generator(device).manual_seed(seed * 10_007 + 1)
+
+
+def batch_parts(generator: torch.Generator, places: Iterable[int], parts: int) -> Iterator[BatchRNG]:
+    """The draws of those of a batch's ``parts`` that are at ``places``. Each draws for the whole batch, from the same
+    state.
+    """
+    state = generator.get_state()
+    on_host: list[list[int]] = []
+    for place in places:
+        generator.set_state(state)
+        yield BatchRNG(generator, place, parts, on_host)
 
 
 class BatchRNG:

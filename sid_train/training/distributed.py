@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,6 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from ..config import TrainingConfig
-from ..core.rng import BatchRNG
 from ..models.denoiser import Denoiser
 from .environment import foreign_settings, own_settings
 from .parts import local_part
@@ -75,25 +74,6 @@ def is_sharded(accelerator: Accelerator, training: TrainingConfig) -> bool:
 
 def seed_everything(seed: int) -> None:
     set_seed(seed)
-
-
-def step_generator(seed: int) -> torch.Generator:
-    """A CPU generator, the same on every rank, for what a whole iteration shares."""
-    return torch.Generator().manual_seed(seed * 10_007)
-
-
-def batch_generator(accelerator: Accelerator, seed: int) -> torch.Generator:
-    """A generator on this rank's device, in the same state on every rank, for what is drawn a sample."""
-    return torch.Generator(accelerator.device).manual_seed(seed * 10_007 + 1)
-
-
-def batch_parts(accelerator: Accelerator, generator: torch.Generator, micro_batches: int) -> Iterator[BatchRNG]:
-    """The draws for this rank's part of each micro-batch. Every part draws for the whole batch, from the same state."""
-    ranks, state = accelerator.num_processes, generator.get_state()
-    on_host: list[list[int]] = []
-    for micro_batch in range(micro_batches):
-        generator.set_state(state)
-        yield BatchRNG(generator, micro_batch * ranks + accelerator.process_index, micro_batches * ranks, on_host)
 
 
 # -- networks ------------------------------------------------------------------------------------------------------

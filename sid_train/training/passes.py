@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..config import TrainingConfig
-from ..core.rng import BatchRNG
+from ..core.rng import BatchRNG, batch_parts
 from ..data.rows import PromptTable
 from ..method.base import Batch, Losses, Update
 from ..models.conditioning import PairSource
-from .distributed import autocast, batch_parts, mean_over_ranks, micro_batch_size, reducing_gradients
+from .distributed import autocast, mean_over_ranks, micro_batch_size, reducing_gradients
 from .guard import NormGuard
 from .update import Figures, require_finite
 
@@ -38,7 +38,10 @@ class RankPasses:
         self._noted: list[Losses] = []
 
     def draws(self) -> Iterator[BatchRNG]:
-        return batch_parts(self.accelerator, self.rng, self.micro_batches)
+        """Those of this rank: every micro-batch has a part for each."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        places = (micro_batch * ranks + rank for micro_batch in range(self.micro_batches))
+        return batch_parts(self.rng, places, self.micro_batches * ranks)
 
     def batch(self, update: Update, rng: BatchRNG) -> Batch:
         cond = self.prompts.draw(self.micro_batch, rng)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..core.recipe import SiDRecipe
+from ..core.rng import batch_generator, step_generator
 from ..errors import Interrupted, NonFiniteError
 from ..files.console import unbreakable_output
 from ..files.reading import shown
@@ -34,7 +35,6 @@ from .checkpoint import (
 )
 from .distributed import (
     any_rank,
-    batch_generator,
     check_processes,
     make_accelerator,
     micro_batch_size,
@@ -42,7 +42,6 @@ from .distributed import (
     on_every_rank,
     on_first_rank,
     seed_everything,
-    step_generator,
 )
 from .guard import NormGuard
 from .identity import config_of, identity_of, require_identity
@@ -69,7 +68,7 @@ class Trainer:
         self.prompts = parts.prompts
         self.identity = identity_of(config, self.bundle, self.prompts.prompts, parts.pairs)
         self.step_rng = step_generator(training.seed)
-        self.rng = batch_generator(self.accelerator, training.seed)
+        self.rng = batch_generator(self.accelerator.device, training.seed)
         self.guard = NormGuard(self.networks, config.optimizer.skip_norm)
         self.passes = RankPasses(self.accelerator, training, parts.prompts, parts.pairs, self.rng, self.guard)
         self.iteration = 0  # finished ones
